@@ -1,0 +1,1 @@
+"""Stable Diffusion in MindSpore: networks, noise schedule, solvers, LoRA layers, pipeline."""

@@ -1,0 +1,266 @@
+"""UNet2DConditionModel of Stable Diffusion 1.x and 2.x; module paths follow diffusers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from diffusion.config import UNetConfig
+from diffusion.layers import (
+    Conv2d,
+    GatedGELU,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MultiHead,
+    name_parameters,
+    silu,
+)
+from diffusion.resnet import Downsample, ResnetBlock, Upsample
+
+RESNET_EPS = 1e-5
+TRANSFORMER_EPS = 1e-6
+
+
+class TimestepEmbedding(nn.Cell):
+    """Sinusoids of the timestep (cosines first), then two linear layers."""
+
+    def __init__(self, channels: int, time_channels: int):
+        super().__init__()
+        half = channels // 2
+        frequencies = np.exp(-math.log(10000) * np.arange(half, dtype=np.float64) / half)
+        self.frequencies = Tensor(frequencies[None].astype(np.float32))
+        self.linear_1 = Linear(channels, time_channels)
+        self.linear_2 = Linear(time_channels, time_channels)
+
+    def construct(self, timesteps: Tensor) -> Tensor:
+        angles = timesteps.astype(self.frequencies.dtype).expand_dims(-1) * self.frequencies
+        sinusoids = ops.concat((ops.cos(angles), ops.sin(angles)), -1)
+        return self.linear_2(silu(self.linear_1(sinusoids)))
+
+
+class Attention(nn.Cell):
+    """Multi-head attention of `width` channels over a context of `context_width` channels."""
+
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(context_width, width, bias=False)
+        self.to_v = Linear(context_width, width, bias=False)
+        self.to_out = nn.CellList([Linear(width, width)])
+        self.attend = MultiHead(width, heads)
+
+    def construct(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.to_out[0](self.attend(self.to_q(x), self.to_k(context), self.to_v(context)))
+
+
+class GEGLU(nn.Cell):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.inner = inner
+        self.proj = Linear(width, 2 * inner)
+        self.gated = GatedGELU()
+
+    def construct(self, x: Tensor) -> Tensor:
+        hidden, gate = ops.split(self.proj(x), self.inner, -1)
+        return self.gated(hidden, gate)
+
+
+class FeedForward(nn.Cell):
+    def __init__(self, width: int):
+        super().__init__()
+        # net.1 is the dropout of the published module: absent here, but it keeps the numbering.
+        self.net = nn.CellList([GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Cell):
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn1 = Attention(width, width, heads)
+        self.norm2 = LayerNorm(width)
+        self.attn2 = Attention(width, context_width, heads)
+        self.norm3 = LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def construct(self, x: Tensor, context: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Cell):
+    """A transformer block over the positions of a feature map, as a residual.
+
+    SD 1.x projects with 1×1 convolutions, SD 2.x with linear layers: the same sum, two shapes
+    of weight.
+    """
+
+    def __init__(self, channels: int, context_width: int, heads: int, groups: int, linear: bool):
+        super().__init__()
+        self.linear = linear
+        self.norm = GroupNorm(groups, channels, TRANSFORMER_EPS)
+        self.proj_in = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.CellList([TransformerBlock(channels, context_width, heads)])
+        self.proj_out = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
+
+    def construct(self, x: Tensor, context: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        hidden = self.norm(x)
+        if not self.linear:
+            hidden = self.proj_in(hidden)
+        hidden = hidden.reshape(batch, channels, height * width).transpose(0, 2, 1)
+        if self.linear:
+            hidden = self.proj_in(hidden)
+        hidden = self.transformer_blocks[0](hidden, context)
+        if self.linear:
+            hidden = self.proj_out(hidden)
+        hidden = hidden.transpose(0, 2, 1).reshape(batch, channels, height, width)
+        if not self.linear:
+            hidden = self.proj_out(hidden)
+        return x + hidden
+
+
+class DownBlock(nn.Cell):
+    def __init__(self, config: UNetConfig, level: int, time_channels: int):
+        super().__init__()
+        channels = config.block_out_channels
+        out, groups = channels[level], config.norm_num_groups
+        self.resnets = nn.CellList(
+            [
+                ResnetBlock(
+                    out if j else channels[max(level - 1, 0)],
+                    out,
+                    time_channels,
+                    groups,
+                    RESNET_EPS,
+                )
+                for j in range(config.layers_per_block)
+            ]
+        )
+        self.has_attention = config.cross_attention[level]
+        self.attentions = nn.CellList(
+            _transformers(config, level, config.layers_per_block) if self.has_attention else []
+        )
+        last = level == len(channels) - 1
+        self.downsamplers = nn.CellList([] if last else [Downsample(out)])
+
+    def construct(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of every layer, in order; the last one goes on."""
+        outputs = ()
+        for j in range(len(self.resnets)):
+            x = self.resnets[j](x, time)
+            if self.has_attention:
+                x = self.attentions[j](x, context)
+            outputs = outputs + (x,)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            outputs = outputs + (x,)
+        return outputs
+
+
+class MidBlock(nn.Cell):
+    def __init__(self, config: UNetConfig, time_channels: int):
+        super().__init__()
+        channels, groups = config.block_out_channels[-1], config.norm_num_groups
+        self.resnets = nn.CellList(
+            [ResnetBlock(channels, channels, time_channels, groups, RESNET_EPS) for _ in range(2)]
+        )
+        self.attentions = nn.CellList(_transformers(config, -1, 1))
+
+    def construct(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[0](x, time)
+        x = self.attentions[0](x, context)
+        return self.resnets[1](x, time)
+
+
+class UpBlock(nn.Cell):
+    """`level` counts from the finest, as in the down blocks; the blocks run from the coarsest."""
+
+    def __init__(self, config: UNetConfig, level: int, time_channels: int):
+        super().__init__()
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        out = channels[level]
+        before = channels[min(level + 1, len(channels) - 1)]
+        layers = config.layers_per_block + 1
+        resnets = []
+        for j in range(layers):
+            skip = channels[max(level - 1, 0)] if j == layers - 1 else out
+            width = (out if j else before) + skip
+            resnets.append(ResnetBlock(width, out, time_channels, groups, RESNET_EPS))
+        self.resnets = nn.CellList(resnets)
+        self.has_attention = config.cross_attention[level]
+        self.attentions = nn.CellList(
+            _transformers(config, level, layers) if self.has_attention else []
+        )
+        self.upsamplers = nn.CellList([Upsample(out)] if level > 0 else [])
+
+    def construct(
+        self, x: Tensor, skips: tuple[Tensor, ...], time: Tensor, context: Tensor
+    ) -> Tensor:
+        """`skips` in the order in which the down blocks made them; the last is used first."""
+        for j in range(len(self.resnets)):
+            x = self.resnets[j](ops.concat((x, skips[len(skips) - 1 - j]), 1), time)
+            if self.has_attention:
+                x = self.attentions[j](x, context)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+def _transformers(config: UNetConfig, level: int, count: int) -> list[Transformer2D]:
+    return [
+        Transformer2D(
+            config.block_out_channels[level],
+            config.cross_attention_dim,
+            config.attention_heads[level],
+            config.norm_num_groups,
+            config.use_linear_projection,
+        )
+        for _ in range(count)
+    ]
+
+
+class UNet2DConditionModel(nn.Cell):
+    """Predicts ε or v from noisy latents, a timestep and the text.
+
+    latents (batch, 4, h, w), timesteps (batch,), encoder_hidden_states (batch, tokens,
+    cross_attention_dim) → (batch, 4, h, w). h and w must be multiples of 2^(levels - 1).
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        channels = config.block_out_channels
+        levels = range(len(channels))
+        time_channels = 4 * channels[0]
+        self.layers_up = config.layers_per_block + 1
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], time_channels)
+        self.down_blocks = nn.CellList([DownBlock(config, i, time_channels) for i in levels])
+        self.mid_block = MidBlock(config, time_channels)
+        self.up_blocks = nn.CellList([UpBlock(config, i, time_channels) for i in reversed(levels)])
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], RESNET_EPS)
+        self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
+        name_parameters(self)
+
+    def construct(
+        self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
+    ) -> Tensor:
+        time = self.time_embedding(timesteps)
+        x = self.conv_in(latents)
+        skips = (x,)
+        for block in self.down_blocks:
+            outputs = block(x, time, encoder_hidden_states)
+            skips = skips + outputs
+            x = outputs[-1]
+        x = self.mid_block(x, time, encoder_hidden_states)
+        for block in self.up_blocks:
+            x = block(x, skips[-self.layers_up :], time, encoder_hidden_states)
+            skips = skips[: -self.layers_up]
+        return self.conv_out(silu(self.conv_norm_out(x)))

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import registry
+from registry.api import Registry, open_registry
+
+MakeLora = Callable[..., Path]
+Spawn = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def make_lora(tmp_path: Path) -> MakeLora:
+    """Write a small LoRA whose bytes depend on ``seed``."""
+
+    def make(file_name: str = "lora.safetensors", seed: int = 0) -> Path:
+        path = tmp_path / file_name
+        weights = np.random.default_rng(seed).standard_normal((4, 8)).astype(np.float32)
+        save_file({"unet.lora_down.weight": weights}, path, metadata={"format": "np"})
+        return path
+
+    return make
+
+
+@pytest.fixture
+def lora(make_lora: MakeLora) -> Path:
+    return make_lora()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the registry of the test is; nothing is there yet."""
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def loras(folder: Path) -> Registry:
+    """The registry in ``folder``."""
+    return open_registry(str(folder))
+
+
+@pytest.fixture
+def damage() -> Callable[[Path], None]:
+    """Change the last byte of a file, whose size stays the same."""
+
+    def change(path: Path) -> None:
+        path.chmod(0o644)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    return change
+
+
+@pytest.fixture
+def blob(folder: Path) -> Callable[[], Path]:
+    """The only blob of the registry."""
+
+    def find() -> Path:
+        (path,) = (path for path in (folder / "blobs").rglob("*") if path.is_file())
+        return path
+
+    return find
+
+
+@pytest.fixture
+def spawn() -> Spawn:
+    """Start a Python process that can import this registry."""
+    root = str(Path(registry.__file__).parents[1])
+
+    def start(script: str, *arguments: object) -> subprocess.Popen[str]:
+        environment = {key: value for key, value in os.environ.items() if key != "LORA_REGISTRY"}
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            env={**environment, "PYTHONPATH": root},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

@@ -1,0 +1,1 @@
+"""Weight files and LoRA arithmetic: arrays in, arrays out, without MindSpore."""
