@@ -8,6 +8,7 @@ ftfy, so curly quotes and full-width characters differ there.)
 import gzip
 import zlib
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,11 @@ _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+
+
+def clip_vocabulary() -> Path:
+    """The vocabulary file that comes with this project."""
+    return Path(str(files("assets") / "clip-vocabulary" / "bpe_simple_vocab_16e6.txt.gz"))
 
 
 class VocabularyError(ValueError):

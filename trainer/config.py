@@ -145,7 +145,7 @@ class RunConfig(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if (self.epochs is None) == (self.images is None):
-            raise ValueError("give either `epochs` or `images`, and not both")
+            raise ValueError("give either `epochs` or `images`, and not both (--set epochs=null takes one away)")
         if self.base.initialise and self.train != "all":
             raise ValueError("`base.initialise` needs `train: all`")
         return self

@@ -23,6 +23,7 @@ class Plan:
     name: str
     model: str
     train: str
+    device_target: str
     devices: int
     examples: int
     validation_examples: int
@@ -108,7 +109,7 @@ def trained_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make_plan(config: RunConfig, devices: int) -> Plan:
+def make_plan(config: RunConfig, devices: int, device_target: str = "CPU") -> Plan:
     """Everything that can be known before a device is touched.
 
     Raises ConfigError, ModelConfigError, DataError or WeightsError, each one sentence.
@@ -127,6 +128,7 @@ def make_plan(config: RunConfig, devices: int) -> Plan:
         name=config.name,
         model=config.base.model,
         train=config.train,
+        device_target=device_target,
         devices=devices,
         examples=len(examples),
         validation_examples=len(held_out),
@@ -140,6 +142,16 @@ def make_plan(config: RunConfig, devices: int) -> Plan:
         learning_rate=config.optimizer.learning_rate,
         schedule=config.optimizer.schedule,
     )
+
+
+def loaded_networks(config: RunConfig) -> tuple[str, ...]:
+    """The networks whose weights come from files."""
+    return tuple(name for name in base.NETWORK_FILES if name not in config.base.initialise)
+
+
+def check_base(config: RunConfig) -> dict[str, str]:
+    """sha256 of each weight file of the base; raises WeightsError if one is missing or altered."""
+    return base.digests(config.base.weights, loaded_networks(config))
 
 
 def check_images(config: RunConfig) -> None:

@@ -1,0 +1,148 @@
+"""LoRA layers and their injection into a network (Hu et al., 2021).
+
+An adapted layer computes W x + b + (alpha / rank) · up(down(x)). Its parameters keep the paths of
+the original layer, with `lora_down.weight` and `lora_up.weight` beside `weight`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from diffusion.layers import Conv2d, Linear, name_parameters
+from diffusion.randomness import generator
+from weights.lora import Adapter, target_modules
+
+
+class LoRALinear(nn.Cell):
+    """A frozen linear layer with an adapter.
+
+    `mask` (batch, rank) leaves out components of the rank during training, one draw a sample
+    (kohya's `rank_dropout`); it is set from outside so that the draw can be addressed.
+    """
+
+    def __init__(self, layer: Linear, rank: int, scale: float, mask: Parameter | None):
+        super().__init__()
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.scale = scale
+        self.mask = mask
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.lora_down = Linear(layer.in_features, rank, bias=False)
+        self.lora_up = Linear(rank, layer.out_features, bias=False)
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        y = self.matmul(x.reshape(-1, self.in_features), self.weight)
+        if self.bias is not None:
+            y = y + self.bias
+        low = self.lora_down(x)
+        if self.mask is not None and self.training:
+            low = low * self.mask.expand_dims(1)
+        return y.reshape(shape[:-1] + (self.out_features,)) + self.scale * self.lora_up(low)
+
+
+class LoRAConv2d(nn.Cell):
+    """A frozen 1×1 convolution with an adapter; `mask` as in LoRALinear."""
+
+    def __init__(self, layer: Conv2d, rank: int, scale: float, mask: Parameter | None):
+        super().__init__()
+        self.scale = scale
+        self.mask = mask
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.conv = layer.conv
+        self.bias_add = layer.bias_add
+        self.lora_down = _Pointwise(layer.in_channels, rank)
+        self.lora_up = _Pointwise(rank, layer.out_channels)
+
+    def construct(self, x: Tensor) -> Tensor:
+        y = self.bias_add(self.conv(x, self.weight), self.bias)
+        low = self.lora_down(x)
+        if self.mask is not None and self.training:
+            low = low * self.mask.expand_dims(-1).expand_dims(-1)
+        return y + self.scale * self.lora_up(low)
+
+
+class _Pointwise(nn.Cell):
+    """1×1 convolution without bias; weight (out, in, 1, 1)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.weight = Parameter(Tensor(np.zeros((out_channels, in_channels, 1, 1), np.float32)))
+        self.conv = ops.Conv2D(out_channels, 1)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.weight)
+
+
+def inject(
+    network: nn.Cell,
+    targets: str,
+    rank: int,
+    alpha: float,
+    seed: int = 0,
+    dropout_batch: int | None = None,
+) -> list[str]:
+    """Freeze `network` and put an adapter on every module that `targets` takes.
+
+    `down` is Kaiming-uniform (a = √5) and drawn by (seed, module), `up` is zero, so the network's
+    output does not change. With `dropout_batch` each adapter gets a mask for that many samples.
+    Returns the adapted module paths, in order.
+    """
+    for parameter in network.get_parameters():
+        parameter.requires_grad = False
+    modules = target_modules([name for name, _ in network.parameters_and_names()], targets)
+    cells = dict(network.cells_and_names())
+    for module in modules:
+        layer = cells[module]
+        mask = None
+        if dropout_batch is not None:
+            ones = Tensor(np.ones((dropout_batch, rank), np.float32))
+            mask = Parameter(ones, name="lora_mask", requires_grad=False)
+        kind = LoRALinear if isinstance(layer, Linear) else LoRAConv2d
+        adapted = kind(layer, rank, alpha / rank, mask)
+        down, up = adapted.lora_down.weight, adapted.lora_up.weight
+        bound = 1 / math.sqrt(math.prod(down.shape[1:]))
+        draw = generator(seed, f"lora_down {module}").uniform(-bound, bound, down.shape)
+        down.set_data(Tensor(draw, ms.float32))
+        up.set_data(Tensor(np.zeros(up.shape), ms.float32))
+        parent, _, leaf = module.rpartition(".")
+        owner = cells[parent]
+        if isinstance(owner, nn.CellList):
+            owner[int(leaf)] = adapted
+        else:
+            setattr(owner, leaf, adapted)
+    name_parameters(network)
+    return modules
+
+
+def lora_parameters(network: nn.Cell) -> list[Parameter]:
+    """The adapters' parameters, in the order of the network's modules."""
+    return [
+        parameter
+        for parameter in network.get_parameters()
+        if parameter.name.endswith((".lora_down.weight", ".lora_up.weight"))
+    ]
+
+
+def lora_masks(network: nn.Cell) -> list[Parameter]:
+    """The dropout masks, in the order of the network's modules."""
+    return [parameter for parameter in network.get_parameters() if parameter.name.endswith("mask")]
+
+
+def adapters(tensors: Mapping[str, np.ndarray], alpha: float) -> dict[str, Adapter]:
+    """Adapters by module from arrays named as `lora_parameters` names them."""
+    modules = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
+    return {
+        module: Adapter(
+            tensors[f"{module}.lora_down.weight"], tensors[f"{module}.lora_up.weight"], alpha
+        )
+        for module in modules
+    }

@@ -1,0 +1,62 @@
+"""Networks with the weights of a base model's folder in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.nn.utils import no_init_parameters
+
+from diffusion.config import ModelConfig
+from diffusion.text_encoder import CLIPTextModel
+from diffusion.unet import UNet2DConditionModel
+from diffusion.vae import AutoencoderKL
+from weights import base
+from weights.files import WeightsError
+
+
+def build(config: ModelConfig, network: str) -> nn.Cell:
+    """The "unet", "vae" or "text_encoder" of a model, with random weights."""
+    if network == "unet":
+        return UNet2DConditionModel(config.unet)
+    if network == "vae":
+        return AutoencoderKL(config.vae)
+    return CLIPTextModel(config.text_encoder)
+
+
+def load(config: ModelConfig, folder: str | Path, network: str) -> nn.Cell:
+    """The same with the weights of `folder`; no random weights are drawn.
+
+    Raises WeightsError if the file is missing or damaged or its tensors do not fit the model.
+    """
+    with no_init_parameters():
+        cell = build(config, network)
+    tensors = base.load_network(folder, network)
+    set_weights(cell, tensors, f"{base.network_file(folder, network)}")
+    missing = [p.name for p in cell.get_parameters() if p.name not in tensors]
+    if missing:
+        raise WeightsError(
+            f"{base.network_file(folder, network)}: {len(missing)} tensors of the model are not "
+            f"in the file (first: {missing[0]}); check that base.model fits the weights"
+        )
+    return cell
+
+
+def set_weights(cell: nn.Cell, tensors: Mapping[str, np.ndarray], source: str) -> None:
+    """Put arrays into the parameters of these names; raises WeightsError if one does not fit."""
+    parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise WeightsError(
+                f"{source}: the model has no tensor {name}; check that base.model fits the weights"
+            )
+        parameter = parameters[name]
+        if tuple(parameter.shape) != tensor.shape:
+            raise WeightsError(
+                f"{source}: {name} is {tensor.shape}, the model expects {tuple(parameter.shape)}; "
+                "check that base.model fits the weights"
+            )
+        parameter.set_data(Tensor(tensor, ms.float32))
