@@ -85,7 +85,9 @@ def load_model_config(name: str) -> ModelConfig:
     folder = files("configs") / "models"
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(folder / f"{name}.yaml"))
     if not path.is_file():
-        known = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        known = sorted(
+            entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")
+        )
         raise ModelConfigError(
             f"model {name!r} is not known; choose one of {', '.join(known)} or give the path "
             "of a YAML file"

@@ -39,7 +39,12 @@ class Conv2d(nn.Cell):
     """2-D convolution over (batch, channels, height, width); weight (out, in, k, k)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int | tuple = 0
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        padding: int | tuple = 0,
     ):
         super().__init__()
         self.in_channels = in_channels

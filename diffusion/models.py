@@ -60,3 +60,13 @@ def set_weights(cell: nn.Cell, tensors: Mapping[str, np.ndarray], source: str) -
                 "check that base.model fits the weights"
             )
         parameter.set_data(Tensor(tensor, ms.float32))
+
+
+def in_batches(cell: nn.Cell, rows: np.ndarray, size: int) -> np.ndarray:
+    """`cell` on all rows, `size` at a time, the last batch padded, so that it compiles once."""
+    outputs = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+        outputs.append(cell(Tensor(padded)).asnumpy()[: len(part)])
+    return np.concatenate(outputs)

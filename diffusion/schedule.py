@@ -40,9 +40,7 @@ def velocity(latents: np.ndarray, noise: np.ndarray, timesteps: np.ndarray) -> n
     return (signal * noise - spread * latents).astype(latents.dtype)
 
 
-def min_snr_weights(
-    timesteps: np.ndarray, gamma: float | None, prediction_type: str
-) -> np.ndarray:
+def min_snr_weights(timesteps: np.ndarray, gamma: float | None, prediction_type: str) -> np.ndarray:
     """Loss weights (batch,) of min-SNR-γ (Hang et al., 2023); ones if `gamma` is None.
 
     min(SNR, γ) / SNR for ε-prediction, min(SNR, γ) / (SNR + 1) for v-prediction.

@@ -1,0 +1,1 @@
+"""Pictures and scores from a base model and its LoRAs."""

@@ -126,8 +126,10 @@ def main(
     save()
     codec = Codec(vae)
     shown = sample_order(seed + 1, len(examples), 0, 64)
-    means, decoded = zip(*(map(Tensor.asnumpy, codec(Tensor(pixels[shown[i : i + 16]])))
-                           for i in range(0, 64, 16)), strict=True)
+    means, decoded = zip(
+        *(map(Tensor.asnumpy, codec(Tensor(pixels[shown[i : i + 16]]))) for i in range(0, 64, 16)),
+        strict=True,
+    )
     means, decoded = np.concatenate(means), np.concatenate(decoded)
     mse = float(((np.clip(decoded, -1, 1) - pixels[shown]) ** 2).mean())
     log.info("scaling_factor: %.5f", 1 / means.std())

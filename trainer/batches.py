@@ -11,6 +11,7 @@ from diffusion import schedule
 from diffusion.randomness import generator
 from trainer.data import EncodedData
 
+
 def sample_order(seed: int, examples: int, first: int, count: int) -> list[int]:
     """Which example each of the samples `first` … `first + count - 1` of a run shows.
 
@@ -72,7 +73,9 @@ def training_batch(data: EncodedData, sampling: Sampling, first: int, count: int
     numbers = range(first, first + count)
     seed, shape = sampling.seed, data.mean.shape[1:]
     chosen = sample_order(seed, data.examples, first, count)
-    spread = np.stack([generator(seed, "vae", n).standard_normal(shape, np.float32) for n in numbers])
+    spread = np.stack(
+        [generator(seed, "vae", n).standard_normal(shape, np.float32) for n in numbers]
+    )
     noise = np.stack(
         [generator(seed, "noise", n).standard_normal(shape, np.float32) for n in numbers]
     )
@@ -80,9 +83,7 @@ def training_batch(data: EncodedData, sampling: Sampling, first: int, count: int
         [generator(seed, "timestep", n).integers(schedule.TRAIN_TIMESTEPS) for n in numbers],
         np.int32,
     )
-    dropped = [
-        generator(seed, "caption", n).random() < sampling.caption_dropout for n in numbers
-    ]
+    dropped = [generator(seed, "caption", n).random() < sampling.caption_dropout for n in numbers]
     captions = np.where(dropped, len(data.text) - 1, data.caption[chosen])
     latents = data.mean[chosen] + data.std[chosen] * spread
     noisy, target = noise_and_target(latents, noise, timesteps, sampling.prediction_type)

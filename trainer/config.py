@@ -17,7 +17,9 @@ class ConfigError(ValueError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class BaseModelConfig(_Strict):
@@ -41,9 +43,6 @@ class DataConfig(_Strict):
 
     validation: str | None = None
     """A folder of held-out images; without it no validation loss is measured."""
-
-    exclude: str | None = None
-    """A text file of file names (without ending), one a line, that are left out of `train`."""
 
     resolution: int | None = Field(None, gt=0)
     """Pixels along each side; default: the model's own."""
@@ -91,10 +90,20 @@ class OptimizerConfig(_Strict):
     """Peak rate, for the global batch as it is: it is not scaled with the number of devices."""
 
     schedule: Literal["constant", "cosine"] = "cosine"
+    """constant, or half a cosine from the peak to zero at the end."""
+
     warmup_steps: int = Field(0, ge=0)
+    """Steps of linear rise to the peak."""
+
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's two moments."""
+
     eps: float = Field(1e-8, gt=0)
+    """AdamW's smallest divisor."""
+
     weight_decay: float = Field(1e-2, ge=0)
+    """Share of each weight taken off per step, times the learning rate."""
+
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients longer than this are shortened to it."""
 
@@ -112,9 +121,16 @@ class RunConfig(_Strict):
     """lora: the adapter alone, the base frozen. all: every weight of UNet and text encoder."""
 
     base: BaseModelConfig
+    """What is fine-tuned."""
+
     data: DataConfig
+    """What it learns from."""
+
     lora: LoRAConfig = LoRAConfig()
+    """What the adapter is."""
+
     optimizer: OptimizerConfig = OptimizerConfig()
+    """How it learns."""
 
     epochs: float | None = Field(None, gt=0)
     """Length: how often each image is seen. Give this or `images`."""
@@ -133,6 +149,8 @@ class RunConfig(_Strict):
     """Weight of the loss by signal-to-noise ratio (min-SNR); null weighs all timesteps alike."""
 
     seed: int = Field(0, ge=0, lt=2**63)
+    """Everything random follows from it."""
+
     output: str = "runs"
     """Folder in which the run's own folder is made."""
 
@@ -145,7 +163,9 @@ class RunConfig(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if (self.epochs is None) == (self.images is None):
-            raise ValueError("give either `epochs` or `images`, and not both (--set epochs=null takes one away)")
+            raise ValueError(
+                "give either `epochs` or `images`, and not both; --set epochs=null takes one away"
+            )
         if self.base.initialise and self.train != "all":
             raise ValueError("`base.initialise` needs `train: all`")
         return self

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from diffusion.models import in_batches
 from diffusion.tokenizer import Tokenizer
 from trainer.distributed import Group
 from trainer.images import Example, read_images
@@ -64,23 +65,14 @@ def encode(
     cell.set_train(False)
     mine = group.share(len(examples))
     images = read_images([examples[i] for i in mine], resolution)
-    moments = group.gather(in_batches(cell, images), len(examples)) * scaling_factor
+    moments = group.gather(in_batches(cell, images, ENCODE_BATCH), len(examples)) * scaling_factor
     mean, std = np.split(moments, 2, axis=1)
     captions = sorted({example.caption for example in examples})
     row = {caption: number for number, caption in enumerate(captions)}
     text = tokenizer([*captions, ""])
     if text_encoder is not None:
         text_encoder.set_train(False)
-        text = group.gather(in_batches(text_encoder, text[group.share(len(text))]), len(text))
+        mine = text[group.share(len(text))]
+        text = group.gather(in_batches(text_encoder, mine, ENCODE_BATCH), len(text))
     caption = np.array([row[example.caption] for example in examples])
     return EncodedData(mean, std, text, caption)
-
-
-def in_batches(cell: Callable[[Tensor], Tensor], rows: np.ndarray) -> np.ndarray:
-    """`cell` on all rows, in batches of one size (the last one padded), so that it compiles once."""
-    outputs = []
-    for start in range(0, len(rows), ENCODE_BATCH):
-        part = rows[start : start + ENCODE_BATCH]
-        padded = np.concatenate([part, np.repeat(part[-1:], ENCODE_BATCH - len(part), axis=0)])
-        outputs.append(cell(Tensor(padded)).asnumpy()[: len(part)])
-    return np.concatenate(outputs)

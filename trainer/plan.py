@@ -6,7 +6,6 @@ import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from diffusion.config import load_model_config
@@ -67,15 +66,8 @@ def batch_split(global_batch: int, devices: int, most: int) -> tuple[int, int]:
 
 
 def training_examples(config: RunConfig) -> list[Example]:
-    """All training examples, folder by folder, without the excluded names."""
-    excluded: set[str] = set()
-    if config.data.exclude is not None:
-        path = Path(config.data.exclude)
-        if not path.is_file():
-            raise DataError(f"{path}: there is no such file; correct data.exclude")
-        excluded = set(path.read_text(encoding="utf-8").split())
-    examples = [example for folder in config.data.train for example in find_examples(folder)]
-    return [example for example in examples if example.path.stem not in excluded]
+    """All training examples, folder by folder."""
+    return [example for folder in config.data.train for example in find_examples(folder)]
 
 
 def validation_examples(config: RunConfig) -> list[Example]:

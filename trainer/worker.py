@@ -124,6 +124,30 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
     loss_before = validate(0)
     events.phase("compiling")
     training_started = logged = time.monotonic()
+    pending: list[tuple[int, float, ms.Tensor]] = []
+
+    def log() -> None:
+        """Report the steps since the last report; the one place where the host waits."""
+        elapsed = time.monotonic() - training_started
+        for number, rate, outcome in pending:
+            value, norm = (float(x) for x in outcome.asnumpy())
+            if not np.isfinite(value):
+                raise DivergedError(
+                    f"the loss is {value} at step {number + 1}; use a smaller "
+                    "optimizer.learning_rate"
+                )
+            events.emit(
+                "step",
+                step=number + 1,
+                steps=plan.steps,
+                images=(number + 1) * plan.global_batch,
+                loss=value,
+                gradient_norm=norm,
+                learning_rate=rate,
+                images_per_second=max(number, 1) * plan.global_batch / elapsed,
+            )
+        pending.clear()
+
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(micro_batches, 0)
         for number in range(plan.steps):
@@ -133,31 +157,14 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
                 number, plan.steps, options.learning_rate, options.warmup_steps, options.schedule
             )
             decay = min(options.ema_decay, (1 + number) / (10 + number))
-            outcome = step(batches, number + 1, rate, decay)
+            pending.append((number, rate, step(batches, number + 1, rate, decay)))
             now = time.monotonic()
-            if number == 0:
-                outcome.asnumpy()
-                events.phase("training")
-                training_started = logged = time.monotonic()
-            elif now - logged >= LOG_SECONDS or number == plan.steps - 1:
+            if number == 0 or number == plan.steps - 1 or now - logged >= LOG_SECONDS:
                 logged = now
-                value, norm = (float(x) for x in outcome.asnumpy())
-                if not np.isfinite(value):
-                    raise DivergedError(
-                        f"the loss is {value} at step {number + 1}; use a smaller "
-                        "optimizer.learning_rate"
-                    )
-                elapsed = time.monotonic() - training_started
-                events.emit(
-                    "step",
-                    step=number + 1,
-                    steps=plan.steps,
-                    images=(number + 1) * plan.global_batch,
-                    loss=value,
-                    gradient_norm=norm,
-                    learning_rate=rate,
-                    images_per_second=number * plan.global_batch / elapsed,
-                )
+                log()
+            if number == 0:
+                events.phase("training")
+                training_started = time.monotonic()
             if (number + 1) % config.save_every == 0 and number + 1 < plan.steps:
                 save()
     training_seconds = time.monotonic() - training_started

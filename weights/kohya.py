@@ -54,9 +54,7 @@ def model_hash(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -
     return hashlib.sha256(payload[start:]).hexdigest()
 
 
-def read(
-    path: str | Path, modules: Mapping[str, Iterable[str]]
-) -> dict[str, dict[str, Adapter]]:
+def read(path: str | Path, modules: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Adapter]]:
     """Read adapters by network and module; `modules` are the module paths of each network.
 
     A missing alpha means scale 1. Raises WeightsError if the file is damaged or holds a key that

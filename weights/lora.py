@@ -16,9 +16,7 @@ import numpy as np
 from weights.files import WeightsError
 
 _ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
-_TRANSFORMER = (
-    rf"{_ATTENTION}|.*\.attentions\.\d+\.(proj_in|proj_out)|.*\.ff\.net\.(0\.proj|2)"
-)
+_TRANSFORMER = rf"{_ATTENTION}|.*\.attentions\.\d+\.(proj_in|proj_out)|.*\.ff\.net\.(0\.proj|2)"
 TARGETS = {
     "attention": re.compile(_ATTENTION),
     "transformer": re.compile(_TRANSFORMER),

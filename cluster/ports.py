@@ -1,0 +1,53 @@
+"""A TCP port for the scheduler."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+
+from cluster.errors import ClusterError
+
+# Below the ephemeral ports (32768 and up on Linux): a worker that retries its connection to the
+# scheduler before that listens could otherwise be given the scheduler's own port.
+_CANDIDATES = range(20000, 30000)
+
+
+def check_port(port: int, address: str) -> None:
+    """Raise ClusterError unless a scheduler could listen on this port."""
+    problem = _problem(port, address)
+    if problem == errno.EADDRINUSE:
+        raise ClusterError(
+            f"--master-port {port}: the port is in use on {address}; choose another, or leave "
+            "the option out and a free one is taken"
+        )
+    if problem:
+        raise ClusterError(
+            f"--master-port {port}: cannot listen on {address}: {os.strerror(problem)}; "
+            "choose another port"
+        )
+
+
+def choose_port(address: str) -> int:
+    """A port that nobody listens on. Raises ClusterError if there is none."""
+    for port in random.sample(_CANDIDATES, 100):
+        if not _problem(port, address):
+            return port
+    raise ClusterError(
+        f"no free port found on {address} among {_CANDIDATES[0]} to {_CANDIDATES[-1]}; "
+        "name one with --master-port"
+    )
+
+
+def _problem(port: int, address: str) -> int | None:
+    """The errno of listening on the port; None if it works."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        # Connections that an earlier run has closed do not make a port taken.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address, port))
+            listener.listen(1)
+        except OSError as error:
+            return error.errno
+    return None

@@ -1,0 +1,154 @@
+"""Text to image: prompts and seeds in, pixels out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from diffusion import models
+from diffusion.config import ModelConfig
+from diffusion.models import in_batches
+from diffusion.randomness import generator
+from diffusion.schedule import SIGMAS, TRAIN_TIMESTEPS
+from diffusion.solvers import SOLVERS, linspace_sigmas
+from diffusion.tokenizer import Tokenizer, clip_vocabulary
+from weights.lora import Adapter, merge
+
+BATCH = 4
+"""Images drawn at once. Every batch has this size, so nothing compiles twice and a picture does
+not depend on its neighbours."""
+
+
+class _Guided(nn.Cell):
+    """Classifier-free guidance (Ho & Salimans, 2022) in one batched pass."""
+
+    def __init__(self, unet: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.unet = unet
+
+    def construct(
+        self, latents: Tensor, timesteps: Tensor, negative: Tensor, positive: Tensor, scale: Tensor
+    ) -> Tensor:
+        both = self.unet(
+            ops.concat((latents, latents)),
+            ops.concat((timesteps, timesteps)),
+            ops.concat((negative, positive)),
+        )
+        without, with_text = ops.chunk(both, 2)
+        return without + scale * (with_text - without)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a picture is drawn."""
+
+    steps: int = 20
+    scale: float = 7.5
+    solver: str = "dpm++2m"
+    negative: str = ""
+    resolution: int | None = None
+    """Pixels along each side; default: the model's own."""
+
+
+class Pipeline:
+    """The networks of one base model, compiled once and used for any number of pictures."""
+
+    def __init__(self, config: ModelConfig, folder: str | Path):
+        self.config = config
+        self.unet = models.load(config, folder, "unet")
+        self.text_encoder = models.load(config, folder, "text_encoder")
+        self.vae = models.load(config, folder, "vae")
+        self.tokenizer = Tokenizer(clip_vocabulary(), config.text_encoder.pad_token_id)
+        self.guided = _Guided(self.unet)
+        for network in (self.guided, self.unet, self.text_encoder, self.vae):
+            network.set_train(False)
+
+    def modules(self) -> dict[str, list[str]]:
+        """The module paths of each network that a LoRA can adapt."""
+        networks = {"unet": self.unet, "text_encoder": self.text_encoder}
+        return {
+            name: [
+                parameter.name.removesuffix(".weight")
+                for parameter in network.get_parameters()
+                if parameter.name.endswith(".weight")
+            ]
+            for name, network in networks.items()
+        }
+
+    def merge_lora(
+        self, adapters: Mapping[str, Mapping[str, Adapter]], weight: float = 1.0
+    ) -> None:
+        """Add LoRAs, by network and module, into the weights."""
+        networks = {"unet": self.unet, "text_encoder": self.text_encoder}
+        for name, found in adapters.items():
+            network = networks[name]
+            tensors = {p.name: p.asnumpy() for p in network.get_parameters()}
+            models.set_weights(network, merge(tensors, found, weight), "the LoRA")
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Hidden states (len(texts), 77, width)."""
+        ids = self.tokenizer(texts)
+        return in_batches(self.text_encoder, ids, BATCH)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Scaled latents → uint8 (n, height, width, 3)."""
+        unscaled = (latents / self.config.vae.scaling_factor).astype(np.float32)
+        pixels = in_batches(self.vae, unscaled, BATCH)
+        levels = (np.clip(pixels, -1, 1) + 1) * 127.5
+        return levels.round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+    def text_to_image(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings = Settings(),
+        progress: Callable[[int], None] = lambda images: None,
+    ) -> np.ndarray:
+        """One picture for each prompt and its seed: uint8 (n, height, width, 3).
+
+        `progress` is called with the number of pictures that are done.
+        """
+        size = (settings.resolution or self.config.resolution) // self.config.vae.factor
+        shape = (self.config.vae.latent_channels, size, size)
+        text = self.encode_text([*prompts, settings.negative])
+        sigmas = linspace_sigmas(settings.steps)
+        pictures = []
+        for start in range(0, len(prompts), BATCH):
+            rows = [min(start + i, len(prompts) - 1) for i in range(BATCH)]
+            noise = np.stack(
+                [generator(seeds[row], "latents").standard_normal(shape) for row in rows]
+            )
+            denoise = self._denoiser(text[rows], text[[-1] * BATCH], settings.scale)
+            # A network in the variance-preserving form starts from N(0, 1) at its noisiest step.
+            x = noise * np.sqrt(sigmas[0] ** 2 + 1)
+            latents = SOLVERS[settings.solver](denoise, x, sigmas)
+            pictures.append(self.decode(latents)[: len(prompts) - start])
+            progress(min(start + BATCH, len(prompts)))
+        return np.concatenate(pictures)
+
+    def _denoiser(
+        self, positive: np.ndarray, negative: np.ndarray, scale: float
+    ) -> Callable[[np.ndarray, float], np.ndarray]:
+        """(x, σ) → x₀ for one batch of texts, by the model's parametrisation."""
+        texts = (Tensor(negative), Tensor(positive))
+        guided = scale != 1
+
+        def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
+            root = np.sqrt(sigma**2 + 1)
+            timestep = np.interp(np.log(sigma), np.log(SIGMAS), np.arange(TRAIN_TIMESTEPS))
+            latents = Tensor((x / root).astype(np.float32))
+            timesteps = Tensor(np.full(len(x), timestep, np.float32))
+            if guided:
+                output = self.guided(latents, timesteps, *texts, Tensor(np.float32(scale)))
+            else:
+                output = self.unet(latents, timesteps, texts[1])
+            prediction = output.asnumpy().astype(np.float64)
+            if self.config.prediction_type == "epsilon":
+                return x - sigma * prediction
+            return x / root**2 - sigma / root * prediction
+
+        return denoise

@@ -1,0 +1,135 @@
+"""``lora-launch``: fine-tune on this machine's devices and publish the LoRA."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from registry.cli import OneSentenceErrors
+
+
+class Launch(OneSentenceErrors):
+    """A group whose bare form, `lora-launch [OPTIONS] CONFIG`, is its command `run`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] != "--help" and args[0] not in self.commands):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        run = self.commands["run"]
+        run.format_help(click.Context(run, info_name=ctx.info_name), formatter)
+
+
+@click.group(cls=Launch)
+def main() -> None:
+    """Fine-tune on this machine's devices and publish the LoRA."""
+
+
+@main.command(hidden=True)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--devices",
+    metavar="N|IDS",
+    help="A number (8), a range (0-3) or a list (4,5,6,7) of devices. Default: every NPU; on CPU "
+    "one worker, which uses all cores.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a value of CONFIG, such as lora.rank=8; may be repeated.",
+)
+@click.option(
+    "--device-target",
+    type=click.Choice(["auto", "CPU", "Ascend"]),
+    default="auto",
+    show_default=True,
+    help="What to run on; auto is Ascend if the machine has an NPU.",
+)
+@click.option(
+    "--master-port",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    help="Port of msrun's scheduler. Default: one that is free.",
+)
+@click.option("--dry-run", is_flag=True, help="Print plan and command; write and start nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def run(
+    config: Path,
+    devices: str | None,
+    overrides: Sequence[str],
+    device_target: str,
+    master_port: int | None,
+    dry_run: bool,
+    as_json: bool,
+    debug: bool,
+) -> int:
+    """Fine-tune as CONFIG says, one process per device, and publish the LoRA.
+
+    Prints NAME@VERSION, or the file if CONFIG names no registry. Exit code: 0 published, 1 a
+    worker failed, 2 bad input, 130 and 143 interrupted.
+
+    \b
+    Example:
+      lora-launch --devices 2 configs/runs/emoji-ink.yaml
+      lora-launch --devices 0-3 --set lora.rank=16 --dry-run my.yaml
+    """
+    # Only here, so that --help does not wait for them.
+    from launcher.errors import Interrupted, RunFailed
+    from launcher.job import Request
+    from launcher.run import launch
+
+    target = None if device_target == "auto" else device_target
+    try:
+        launch(
+            Request(config, overrides, devices, target, master_port),
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+    except Interrupted as interrupted:
+        return _report(interrupted, interrupted.exit_code)
+    except RunFailed as failure:
+        if debug and failure.traceback:
+            click.echo(failure.traceback, err=True)
+        return _report(failure, 2 if failure.user else 1)
+    except _input_errors() as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error, 2)
+    return 0
+
+
+def _input_errors() -> tuple[type[Exception], ...]:
+    """What the rooms raise for bad input, each with one sentence for the user."""
+    from cluster.errors import ClusterError
+    from diffusion.config import ModelConfigError
+    from launcher.errors import LaunchError
+    from registry.errors import RegistryError
+    from trainer.config import ConfigError
+    from trainer.images import DataError
+    from weights.files import WeightsError
+
+    return (
+        ClusterError,
+        ConfigError,
+        DataError,
+        LaunchError,
+        ModelConfigError,
+        RegistryError,
+        WeightsError,
+    )
+
+
+def _report(error: Exception, exit_code: int) -> int:
+    click.echo(f"error: {error}", err=True)
+    return exit_code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""What a launch will do, decided before anything is started or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from cluster import msrun, ports, ranktable
+from cluster.devices import Machine, host_address, parse_devices, this_machine
+from cluster.msrun import Msrun
+from launcher.errors import LaunchError
+from registry.api import open_registry
+from trainer.config import RunConfig, dump_config, load_config
+from trainer.plan import Plan, check_base, check_images, make_plan
+
+WORKER = "trainer.worker"
+_HCCN_CONF = Path("/etc/hccn.conf")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    config: Path
+    overrides: Sequence[str] = ()
+    devices: str | None = None
+    device_target: str | None = None
+    master_port: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, ready to start."""
+
+    config: RunConfig
+    plan: Plan
+    machine: Machine
+    device_ids: tuple[int, ...]
+    folder: Path
+    """The run's folder, as the user would write it."""
+    attempt: Path
+    """Absolute; where the workers read and write."""
+    msrun: Msrun
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    """Added to the launcher's own."""
+    rank_table: str | None
+    """Text of the table that msrun is given, if it is given one."""
+
+
+def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
+    """Check everything that can be checked before training, and decide the rest.
+
+    Raises one of the rooms' own errors, each with one sentence for the user.
+    """
+    config = load_config(request.config, request.overrides)
+    machine = this_machine(request.device_target)
+    device_ids = parse_devices(request.devices, machine)
+    plan = make_plan(config, len(device_ids), machine.device_target)
+    check_images(config)
+    check_base(config)
+    _check_output(config)
+    _check_registry(config)
+
+    address = Msrun.master_addr
+    if request.master_port is None:
+        port = ports.choose_port(address)
+    else:
+        ports.check_port(request.master_port, address)
+        port = request.master_port
+
+    folder = _new_folder(Path(config.output), f"{config.name}-{now:%Y%m%d-%H%M%S}")
+    attempt = folder.absolute() / "attempt_1"
+    table = _rank_table(machine, device_ids)
+    run = Msrun(
+        worker_num=len(device_ids),
+        local_worker_num=len(device_ids),
+        master_port=port,
+        log_dir=attempt / "logs",
+        rank_table_file=attempt / "rank_table.json" if table else None,
+    )
+    interpreter = Path(sys.executable)
+    return Job(
+        config=config,
+        plan=plan,
+        machine=machine,
+        device_ids=device_ids,
+        folder=folder,
+        attempt=attempt,
+        msrun=run,
+        command=tuple(msrun.command(run, interpreter, worker, [str(attempt)])),
+        environment=msrun.environment(
+            run, machine, device_ids, interpreter, os.environ.get("PATH", "")
+        ),
+        rank_table=table,
+    )
+
+
+def write(job: Job) -> None:
+    """Make the run's folder with all that its workers read, or leave nothing.
+
+    Raises LaunchError if the folder cannot be written.
+    """
+    files = {
+        "config.yaml": dump_config(job.config),
+        "plan.json": json.dumps(job.plan.as_dict(), indent=2) + "\n",
+        "command.txt": shlex.join(job.command) + "\n",
+        "environment.txt": "".join(f"{k}={v}\n" for k, v in job.environment.items()),
+    }
+    if job.rank_table is not None:
+        files["rank_table.json"] = job.rank_table
+    made = False
+    try:
+        job.folder.mkdir(parents=True)
+        made = True
+        (job.attempt / "logs").mkdir(parents=True)
+        (job.attempt / "errors").mkdir()
+        for name, text in files.items():
+            (job.attempt / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        if made:
+            shutil.rmtree(job.folder, ignore_errors=True)
+        raise LaunchError(
+            f"{job.folder}: cannot make the run's folder: {error.strerror}; check `output`, its "
+            "permissions and the free space"
+        ) from error
+
+
+def _check_output(config: RunConfig) -> None:
+    problem = _write_problem(Path(config.output))
+    if problem:
+        raise LaunchError(f"output: {problem}; name a folder that can be written")
+
+
+def _check_registry(config: RunConfig) -> None:
+    """Find out before hours of training, not after, that the LoRA cannot be published."""
+    if config.registry is None:
+        return
+    if config.train != "lora":
+        raise LaunchError(
+            "registry: expected null with `train: all`, because the registry keeps LoRAs and not "
+            "whole models; use --set registry=null"
+        )
+    registry = open_registry(config.registry)
+    folder = Path(registry.location)
+    problem = _write_problem(folder)
+    if problem:
+        raise LaunchError(f"registry: {problem}; name a folder that can be written")
+    if folder.is_dir() and any(folder.iterdir()):
+        registry.names()
+
+
+def _write_problem(folder: Path) -> str | None:
+    """Why a folder, there or still to be made, cannot be written to; None if it can."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{folder}: expected a folder, found that {existing} is a file"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{folder}: expected a folder to write to, found no permission in {existing}"
+    return None
+
+
+def _new_folder(output: Path, name: str) -> Path:
+    """A path in `output` that is not taken."""
+    folder, number = output / name, 1
+    while folder.exists():
+        number += 1
+        folder = output / f"{name}-{number}"
+    return folder
+
+
+def _rank_table(machine: Machine, device_ids: Sequence[int]) -> str | None:
+    """The table of several NPUs whose addresses are known.
+
+    Without one, HCCL finds the topology of a single server by itself.
+    """
+    if machine.device_target != "Ascend" or len(device_ids) == 1 or not _HCCN_CONF.is_file():
+        return None
+    addresses = ranktable.device_addresses(_HCCN_CONF.read_text(encoding="utf-8"))
+    if not set(device_ids) <= set(addresses):
+        return None
+    return ranktable.dump(ranktable.rank_table(host_address(), device_ids, addresses))

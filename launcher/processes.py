@@ -1,0 +1,152 @@
+"""The processes of one run: msrun, its scheduler and workers, and all that these start."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_PR_SET_CHILD_SUBREAPER = 36
+_KILL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """The scheduler or a worker."""
+
+    process: psutil.Process
+    rank_id: int | None
+    """None for the scheduler."""
+
+    @property
+    def name(self) -> str:
+        return "the scheduler" if self.rank_id is None else f"rank {self.rank_id}"
+
+
+class RunProcesses:
+    """msrun and its descendants, started on construction.
+
+    msrun notices a dead worker late and then waits for its scheduler, and it leaves both behind
+    when it is itself ended; therefore the processes are watched and ended one by one from here.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
+        """Start `command` with `environment` added to this process's own; msrun writes to `log`.
+
+        Raises OSError if the log cannot be written or the command not started.
+        """
+        _become_subreaper()
+        self._launcher = psutil.Process()
+        self._others = set(self._launcher.children(recursive=True))
+        self._log = log
+        self._members: dict[psutil.Process, Member] = {}
+        # A scheduler of the machine may have set this for the launcher. A worker between fork and
+        # exec shows msrun's environment, and must not be taken for what msrun's parent was.
+        inherited = {key: value for key, value in os.environ.items() if key != "MS_ROLE"}
+        with log.open("wb") as output:
+            self._msrun = subprocess.Popen(
+                command,
+                env={**inherited, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def msrun_exit(self) -> int | None:
+        """msrun's exit code, negative for a signal; None while it runs."""
+        return self._msrun.poll()
+
+    def bad_exits(self) -> list[tuple[Member, int]]:
+        """The workers, by rank, and the scheduler that have ended with a code other than 0."""
+        self._find_members()
+        codes = [(member, self._exit_code(member.process)) for member in self._members.values()]
+        bad = [(member, code) for member, code in codes if code]
+        return sorted(bad, key=lambda found: (found[0].rank_id is None, found[0].rank_id))
+
+    def workers_running(self) -> bool:
+        """Is a worker still at work?"""
+        self._find_members()
+        return any(_runs(member.process) for member in self._workers())
+
+    def terminate_workers(self) -> None:
+        """Ask every worker to end."""
+        for member in self._workers():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.process.send_signal(signal.SIGTERM)
+
+    def kill_all(self) -> list[int]:
+        """End every process of the run at once; returns the ids of those that remain.
+
+        That a process remains means that the kernel holds it, for example in a driver.
+        """
+        deadline = time.monotonic() + _KILL_SECONDS
+        while (left := self._descendants()) and time.monotonic() < deadline:
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            # Orphans become children of this process when their parent is gone: look again soon.
+            psutil.wait_procs(left, timeout=0.5)
+        return [process.pid for process in left]
+
+    def _workers(self) -> list[Member]:
+        return [member for member in self._members.values() if member.rank_id is not None]
+
+    def _descendants(self) -> list[psutil.Process]:
+        return [p for p in self._launcher.children(recursive=True) if p not in self._others]
+
+    def _find_members(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self._msrun.pid).children():
+                if process not in self._members and (member := _member(process)):
+                    self._members[process] = member
+
+    def _exit_code(self, process: psutil.Process) -> int | None:
+        """Exit code of a process that is not a child of this one; None if it runs or is unknown."""
+        if _runs(process):
+            return None
+        try:
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            if process.is_running():
+                return os.waitstatus_to_exitcode(int(fields[49]))  # proc(5), field 52
+        except FileNotFoundError:
+            pass
+        # msrun was quicker to collect it, and has said what it found.
+        pattern = rf"Worker process {process.pid} exit with exception. Error code: (-?\d+)"
+        found = re.search(pattern, self._log.read_text(encoding="utf-8", errors="replace"))
+        return int(found[1]) if found else None
+
+
+def _member(process: psutil.Process) -> Member | None:
+    """Scheduler or worker, by the variables that msrun sets; None for its other children."""
+    try:
+        environment = process.environ()
+    except psutil.Error:
+        return None
+    role = environment.get("MS_ROLE")
+    if role == "MS_SCHED":
+        return Member(process, None)
+    return Member(process, int(environment["RANK_ID"])) if role == "MS_WORKER" else None
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _become_subreaper() -> None:
+    """Let orphaned descendants become children of this process, so that they can be found."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")

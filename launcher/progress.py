@@ -1,0 +1,106 @@
+"""Progress of a run on stderr: one bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from launcher.words import step_text
+from trainer.plan import Plan
+
+_LINE_SECONDS = 15.0
+_LINE_SHARE = 0.1
+
+
+class Progress(Protocol):
+    """Where a run's events are shown."""
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Show one line of events.jsonl."""
+
+    def note(self, text: str) -> None:
+        """Show a sentence."""
+
+
+class Lines:
+    """A line for each phase and validation, and for every tenth of the steps or 15 seconds."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._step = 0
+        self._time = time.monotonic()
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "phase":
+            self.note(event["phase"])
+        elif event["event"] == "validation":
+            self.note(validation_text(event))
+        elif event["event"] == "step" and self._due(event):
+            self._step, self._time = event["step"], time.monotonic()
+            self.note(
+                f"step {event['step']} of {event['steps']}: "
+                + step_text(event, self._plan.global_batch)
+            )
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def _due(self, event: Mapping[str, Any]) -> bool:
+        return (
+            event["step"] == event["steps"]
+            or event["step"] - self._step >= _LINE_SHARE * event["steps"]
+            or time.monotonic() - self._time >= _LINE_SECONDS
+        )
+
+
+class Bar:
+    """One bar with the phase, loss, speed and time left; validation losses above it."""
+
+    def __init__(self, plan: Plan):
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        self._escape = escape
+        self._plan = plan
+        self.rich = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self.rich.add_task("starting", total=plan.steps, text="")
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "phase":
+            self.rich.update(self._task, description=event["phase"])
+        elif event["event"] == "validation":
+            self.note(validation_text(event))
+        elif event["event"] == "step":
+            text = step_text(event, self._plan.global_batch)
+            self.rich.update(self._task, completed=event["step"], text=text)
+
+    def note(self, text: str) -> None:
+        self.rich.console.print(self._escape(text))
+
+
+@contextmanager
+def shown_progress(plan: Plan) -> Iterator[Progress]:
+    """The form of progress that suits stderr, on show until the block ends."""
+    if sys.stderr.isatty():
+        bar = Bar(plan)
+        with bar.rich:
+            yield bar
+    else:
+        yield Lines(plan)
+
+
+def validation_text(event: Mapping[str, Any]) -> str:
+    """`validation loss 0.1234 at step 0`."""
+    return f"validation loss {event['loss']:.4f} at step {event['step']}"

@@ -1,0 +1,190 @@
+"""`lora-sample`: draws with a base model and a LoRA from the registry."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command(
+    epilog="Example: lora-sample --registry runs/registry --lora emoji-ink@1 "
+    '--prompt "ink emoji of fox" --seed 7 --out fox.png'
+)
+@click.option("--lora", required=True, metavar="NAME[@VERSION]", help="The LoRA in the registry.")
+@click.option("--registry", envvar="LORA_REGISTRY", help="Its registry: a folder.")
+@click.option(
+    "--prompt", "prompts", multiple=True, required=True, help="What to draw; may be given again."
+)
+@click.option("--negative", default="", help="What to keep away from.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**63 - 1),
+    help="Seed of the first picture; each further one takes the next.",
+)
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1, 1000))
+@click.option(
+    "--scale", default=4.0, show_default=True, help="Classifier-free guidance; 1 turns it off."
+)
+@click.option("--weight", default=1.0, show_default=True, help="Strength of the LoRA.")
+@click.option("--base", help="Folder of the base model, if it is not where it was at training.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="PNG to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@click.option(
+    "--device-target", default="CPU", show_default=True, type=click.Choice(["CPU", "Ascend"])
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(**options: Any) -> None:
+    """Draw base and LoRA side by side, from the same seeds, into one contact sheet."""
+    as_json, debug = options.pop("as_json"), options.pop("debug")
+    try:
+        result = sample(**options)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if not _is_bad_input(error):
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    click.echo(json.dumps(result) if as_json else result["out"])
+
+
+def _is_bad_input(error: Exception) -> bool:
+    """This project's own errors are about input; anything else is a defect."""
+    return type(error).__module__.split(".")[0] in ("sampler", "registry", "weights", "diffusion")
+
+
+class SampleError(ValueError):
+    """A picture that cannot be drawn as asked; the message is one sentence."""
+
+
+def sample(
+    lora: str,
+    registry: str | None,
+    prompts: tuple[str, ...],
+    negative: str,
+    seed: int,
+    steps: int,
+    scale: float,
+    weight: float,
+    base: str | None,
+    out: Path,
+    overwrite: bool,
+    device_target: str,
+) -> dict[str, Any]:
+    """Draw, write the sheet and return what was done as plain values.
+
+    Raises SampleError, RegistryError or WeightsError, each one sentence.
+    """
+    from registry.api import open_registry
+    from weights.base import NETWORK_FILES, combined_digest, digests
+
+    if out.exists() and not overwrite:
+        raise SampleError(f"{out}: the file exists; choose another --out or add --overwrite")
+    if not registry:
+        raise SampleError("no registry is named; give --registry or set LORA_REGISTRY")
+    file, manifest = open_registry(registry).fetch(lora)
+    lineage = manifest.metadata.get("base")
+    if not isinstance(lineage, dict) or not {"model", "weights", "digest"} <= lineage.keys():
+        raise SampleError(f"{manifest.reference}: its manifest does not name a base model")
+    folder = base or str(lineage["weights"])
+    found = combined_digest(digests(folder, tuple(NETWORK_FILES)))
+    if found != lineage["digest"]:
+        raise SampleError(
+            f"{manifest.reference} was trained on a base with digest "
+            f"{str(lineage['digest'])[:12]}…, {folder} has {found[:12]}…; name the right one "
+            "with --base"
+        )
+
+    settings, rows = _draw(
+        str(lineage["model"]),
+        folder,
+        file,
+        prompts,
+        [seed + i for i in range(len(prompts))],
+        {"steps": steps, "scale": scale, "negative": negative},
+        weight,
+        device_target,
+    )
+    record = {
+        "lora": manifest.reference,
+        "lora_sha256": manifest.files[0].sha256,
+        "base_digest": found,
+        "prompts": list(prompts),
+        "seed": seed,
+        "weight": weight,
+        **settings,
+    }
+    _write(out, [("base", rows[0]), (manifest.reference, rows[1])], prompts, record)
+    return {"out": str(out), **record}
+
+
+def _draw(
+    model: str,
+    folder: str,
+    lora_file: Path,
+    prompts: tuple[str, ...],
+    seeds: list[int],
+    options: dict[str, Any],
+    weight: float,
+    device_target: str,
+) -> tuple[dict[str, Any], list[Any]]:
+    """Pictures of the base and of the base with the LoRA."""
+    os.environ.setdefault("GLOG_v", "3")
+    from dataclasses import asdict
+
+    import mindspore as ms
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    from diffusion.config import load_model_config
+    from diffusion.pipeline import Pipeline, Settings
+    from weights import kohya
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device(device_target)
+    settings = Settings(**options)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("loading", total=2 * len(prompts))
+        pipeline = Pipeline(load_model_config(model), folder)
+        adapters = kohya.read(lora_file, pipeline.modules())
+        rows = []
+        for number, description in enumerate(("base", "LoRA")):
+            progress.update(task, description=description)
+            if number == 1:
+                pipeline.merge_lora(adapters, weight)
+            done = number * len(prompts)
+            rows.append(
+                pipeline.text_to_image(
+                    prompts,
+                    seeds,
+                    settings,
+                    lambda count, done=done: progress.update(task, completed=done + count),
+                )
+            )
+    return asdict(settings), rows
+
+
+def _write(
+    out: Path, rows: list[tuple[str, Any]], captions: tuple[str, ...], record: dict[str, Any]
+) -> None:
+    """The sheet as PNG, whole or not at all, with the record in its text chunk."""
+    from PIL.PngImagePlugin import PngInfo
+
+    from sampler.sheet import contact_sheet
+    from weights.files import atomic_path
+
+    info = PngInfo()
+    info.add_text("lora-sample", json.dumps(record))
+    with atomic_path(out) as part:
+        contact_sheet(rows, captions).save(part, format="PNG", pnginfo=info, optimize=True)
