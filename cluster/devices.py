@@ -28,7 +28,7 @@ class Machine:
     def __str__(self) -> str:
         count = len(self.device_ids)
         if self.device_target == "CPU":
-            return f"{count} CPU core{'' if count == 1 else 's'} and no NPU in use"
+            return f"{count} CPU core{'' if count == 1 else 's'}"
         return f"{count} NPU{'' if count == 1 else 's'} ({_joined(self.device_ids)})"
 
 

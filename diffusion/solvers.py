@@ -7,6 +7,7 @@ x₀, whatever the network predicts, and `sigmas` falls to 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def dpm_solver_pp_2m(
     The first step and the last one, to σ = 0, are of first order.
     """
     previous, h_previous = None, 0.0
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         denoised = denoise(x, sigma)
         if sigma_next == 0:
             x = denoised

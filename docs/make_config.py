@@ -11,8 +11,9 @@ from trainer.config import RunConfig
 
 INTRODUCTION = """# The run config
 
-Every key of a run's YAML file. `--set key=value` overrides any of them on the command line, with dots
-for nested keys: `--set lora.rank=8`. An unknown key is refused, with the nearest known one named.
+Every key of a run's YAML file. `--set key=value` overrides any of them on the command line, with
+dots for nested keys: `--set lora.rank=8`. An unknown key is refused, with the nearest known one
+named.
 """
 
 

@@ -17,6 +17,9 @@ import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_SECONDS = 10.0
+_NAMED_BY_MSRUN = re.compile(
+    r"Worker process (?P<pid>\d+) exit with exception\. Error code: (?P<code>-?\d+)"
+)
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,21 @@ class RunProcesses:
         """msrun's exit code, negative for a signal; None while it runs."""
         return self._msrun.poll()
 
-    def bad_exits(self) -> list[tuple[Member, int]]:
-        """The workers, by rank, and the scheduler that have ended with a code other than 0."""
+    def bad_exit(self) -> tuple[Member, int] | None:
+        """The worker, else the scheduler, that ended first with a code other than 0."""
         self._find_members()
-        codes = [(member, self._exit_code(member.process)) for member in self._members.values()]
-        bad = [(member, code) for member, code in codes if code]
-        return sorted(bad, key=lambda found: (found[0].rank_id is None, found[0].rank_id))
+        ended = [member for member in self._members.values() if not _runs(member.process)]
+        if not ended:
+            return None
+        ended.sort(key=lambda member: (member.rank_id is None, member.rank_id))
+        codes = [(member, _zombie_code(member.process)) for member in ended]
+        # Read after the codes: msrun ends the other workers only after it has named the first.
+        output = self._log.read_text(encoding="utf-8", errors="replace")
+        if named := _NAMED_BY_MSRUN.search(output):
+            for member in ended:
+                if member.process.pid == int(named["pid"]):
+                    return member, int(named["code"])
+        return next(((member, code) for member, code in codes if code), None)
 
     def workers_running(self) -> bool:
         """Is a worker still at work?"""
@@ -110,21 +122,6 @@ class RunProcesses:
                 if process not in self._members and (member := _member(process)):
                     self._members[process] = member
 
-    def _exit_code(self, process: psutil.Process) -> int | None:
-        """Exit code of a process that is not a child of this one; None if it runs or is unknown."""
-        if _runs(process):
-            return None
-        try:
-            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-            if process.is_running():
-                return os.waitstatus_to_exitcode(int(fields[49]))  # proc(5), field 52
-        except FileNotFoundError:
-            pass
-        # msrun was quicker to collect it, and has said what it found.
-        pattern = rf"Worker process {process.pid} exit with exception. Error code: (-?\d+)"
-        found = re.search(pattern, self._log.read_text(encoding="utf-8", errors="replace"))
-        return int(found[1]) if found else None
-
 
 def _member(process: psutil.Process) -> Member | None:
     """Scheduler or worker, by the variables that msrun sets; None for its other children."""
@@ -136,6 +133,17 @@ def _member(process: psutil.Process) -> Member | None:
     if role == "MS_SCHED":
         return Member(process, None)
     return Member(process, int(environment["RANK_ID"])) if role == "MS_WORKER" else None
+
+
+def _zombie_code(process: psutil.Process) -> int | None:
+    """Exit code of an ended process that its parent has not collected; negative for a signal."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return None
+    if not process.is_running():  # the id belongs to another process by now
+        return None
+    return os.waitstatus_to_exitcode(int(fields[49]))  # field 52 of proc(5)
 
 
 def _runs(process: psutil.Process) -> bool:

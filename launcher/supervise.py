@@ -58,12 +58,12 @@ def _watch(job: Job, processes: RunProcesses, progress: Progress, signals: list[
 def _failure(attempt: Path, processes: RunProcesses, msrun_exit: int | None) -> RunFailed | None:
     """What has gone wrong, if anything has; the first cause, as far as it can be told."""
     logs = attempt / "logs"
-    exits = processes.bad_exits()
-    # After the exits: a rank writes its error file before it ends.
+    bad_exit = processes.bad_exit()
+    # After that: a rank writes its error file before it ends.
     if error := first_error(attempt / "errors"):
         return rank_failure(error, logs / f"worker_{error.rank_id}.log")
-    if exits:
-        member, code = exits[0]
+    if bad_exit:
+        member, code = bad_exit
         file = "scheduler.log" if member.rank_id is None else f"worker_{member.rank_id}.log"
         return RunFailed(exit_text(member.name, code, logs / file))
     if msrun_exit:

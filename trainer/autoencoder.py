@@ -1,9 +1,10 @@
 """Training of the small base's autoencoder, from folders of images.
 
-    python -m trainer.autoencoder --model emoji --images build/emoji/flat --steps 2000 OUT_DIR
+    python -m trainer.autoencoder --images build/emoji/flat --images build/emoji/noto build/base
 
 A loop of its own because its loss is another one: L1 + MSE of the reconstruction plus a light
-KL term. Writes OUT_DIR/vae.safetensors and prints the scaling factor for the model's YAML.
+KL term. Writes OUT_DIR/vae in the diffusers layout and a picture of reconstructions, and prints the
+scaling factor for the model's YAML.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from mindspore import Tensor, nn, ops
 from PIL import Image
 
 from diffusion.config import load_model_config
+from diffusion.models import in_batches
 from diffusion.randomness import generator
 from diffusion.vae import AutoencoderKL
+from trainer.artifact import save_base
 from trainer.batches import sample_order
+from trainer.data import Encode
 from trainer.images import find_examples, read_images
 from trainer.optimizer import FlatAdamW, flatten, learning_rate
-from weights import files
 
 KL_WEIGHT = 1e-5
+SHOWN = 64
 WARMUP = 50
 log = logging.getLogger("trainer.autoencoder")
 
@@ -55,22 +59,10 @@ class Step(nn.Cell):
         return ops.depend(loss, norm)
 
 
-class Codec(nn.Cell):
-    """Images → latent mean and reconstruction."""
-
-    def __init__(self, vae: AutoencoderKL):
-        super().__init__(auto_prefix=False)
-        self.vae = vae
-
-    def construct(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean, _ = self.vae.encode(images)
-        return mean, self.vae.decode(mean)
-
-
 @click.command()
-@click.option("--model", required=True, help="Name in configs/models, or a YAML file.")
+@click.option("--model", default="emoji", show_default=True, help="Name in configs/models.")
 @click.option("--images", multiple=True, required=True, help="Folder; may be given again.")
-@click.option("--steps", default=2000, show_default=True)
+@click.option("--steps", default=2400, show_default=True)
 @click.option("--batch", default=8, show_default=True)
 @click.option("--rate", default=1.5e-3, show_default=True, help="Peak learning rate.")
 @click.option("--seed", default=0, show_default=True)
@@ -99,13 +91,6 @@ def main(
     started, smoothed = time.monotonic(), None
     out.mkdir(parents=True, exist_ok=True)
 
-    def save() -> None:
-        averages = np.split(optimizer.average.asnumpy(), np.cumsum(optimizer.sizes)[:-1])
-        for parameter, average in zip(optimizer.trained, averages, strict=True):
-            parameter.set_data(Tensor(average.reshape(parameter.shape)))
-        tensors = {p.name: p.asnumpy() for p in vae.get_parameters()}
-        files.dump(out / "vae.safetensors", tensors, {"format": "pt"})
-
     for number in range(steps):
         chosen = sample_order(seed, len(examples), number * batch, batch)
         noise = generator(seed, "noise", number).standard_normal(shape, np.float32)
@@ -123,21 +108,19 @@ def main(
             pace = (number + 1) / (time.monotonic() - started)
             left = (steps - number - 1) / pace / 60
             log.info("step %d loss %.4f  %.2f steps/s  %.0f min left", number, smoothed, pace, left)
-    save()
-    codec = Codec(vae)
-    shown = sample_order(seed + 1, len(examples), 0, 64)
-    means, decoded = zip(
-        *(map(Tensor.asnumpy, codec(Tensor(pixels[shown[i : i + 16]]))) for i in range(0, 64, 16)),
-        strict=True,
-    )
-    means, decoded = np.concatenate(means), np.concatenate(decoded)
-    mse = float(((np.clip(decoded, -1, 1) - pixels[shown]) ** 2).mean())
-    log.info("scaling_factor: %.5f", 1 / means.std())
-    log.info("reconstruction PSNR %.2f dB", 10 * np.log10(4 / mse))
-    pairs = np.concatenate([pixels[shown][:16], np.clip(decoded[:16], -1, 1)])
-    rows = [np.concatenate(list(pairs[i : i + 8]), axis=2) for i in (0, 16, 8, 24)]
-    sheet = ((np.concatenate(rows, axis=1).transpose(1, 2, 0) + 1) * 127.5).round()
-    Image.fromarray(sheet.astype(np.uint8)).save(out / "reconstructions.png")
+    averages = np.split(optimizer.average.asnumpy(), np.cumsum(optimizer.sizes)[:-1])
+    for parameter, average in zip(optimizer.trained, averages, strict=True):
+        parameter.set_data(Tensor(average.reshape(parameter.shape)))
+    save_base(out, {"vae": {p.name: p.asnumpy() for p in vae.get_parameters()}})
+    shown = pixels[sample_order(seed + 1, len(examples), 0, SHOWN)]
+    latents = in_batches(Encode(vae), shown, batch)[:, : config.vae.latent_channels]
+    decoded = np.clip(in_batches(vae, latents, batch), -1, 1)
+    log.info("reconstruction PSNR %.2f dB", 10 * np.log10(4 / ((decoded - shown) ** 2).mean()))
+    rows = [(decoded if odd else shown)[start : start + 8] for start in (0, 8) for odd in (0, 1)]
+    sheet = np.concatenate([np.concatenate(list(row), axis=2) for row in rows], axis=1)
+    pixels_out = ((sheet.transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8)
+    Image.fromarray(pixels_out).save(out / "reconstructions.png")
+    click.echo(f"{1 / latents.std():.5f}")
 
 
 if __name__ == "__main__":

@@ -61,11 +61,10 @@ def noise_and_target(
     latents: np.ndarray, noise: np.ndarray, timesteps: np.ndarray, prediction_type: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """x_t and what the network should predict of it."""
+    noisy = schedule.add_noise(latents, noise, timesteps)
     if prediction_type == "epsilon":
-        target = noise
-    else:
-        target = schedule.velocity(latents, noise, timesteps)
-    return schedule.add_noise(latents, noise, timesteps), target
+        return noisy, noise
+    return noisy, schedule.velocity(latents, noise, timesteps)
 
 
 def training_batch(data: EncodedData, sampling: Sampling, first: int, count: int) -> Batch:
@@ -73,11 +72,9 @@ def training_batch(data: EncodedData, sampling: Sampling, first: int, count: int
     numbers = range(first, first + count)
     seed, shape = sampling.seed, data.mean.shape[1:]
     chosen = sample_order(seed, data.examples, first, count)
-    spread = np.stack(
-        [generator(seed, "vae", n).standard_normal(shape, np.float32) for n in numbers]
-    )
-    noise = np.stack(
-        [generator(seed, "noise", n).standard_normal(shape, np.float32) for n in numbers]
+    spread, noise = (
+        np.stack([generator(seed, use, n).standard_normal(shape, np.float32) for n in numbers])
+        for use in ("vae", "noise")
     )
     timesteps = np.array(
         [generator(seed, "timestep", n).integers(schedule.TRAIN_TIMESTEPS) for n in numbers],

@@ -36,7 +36,7 @@ class EncodedData:
         return len(self.mean)
 
 
-class _Encode(nn.Cell):
+class Encode(nn.Cell):
     """Images → mean and standard deviation of the latents, stacked."""
 
     def __init__(self, vae: nn.Cell):
@@ -61,7 +61,7 @@ def encode(
 
     With `text_encoder` None the captions stay token ids.
     """
-    cell = _Encode(vae)
+    cell = Encode(vae)
     cell.set_train(False)
     mine = group.share(len(examples))
     images = read_images([examples[i] for i in mine], resolution)

@@ -1,0 +1,155 @@
+"""The main job with the real parts: launcher, msrun, workers, registry and sampler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from weights import files
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/runs/emoji-ink.yaml"
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one `lora-launch` left."""
+
+    registry: Path
+    printed: dict[str, Any]
+    attempt: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.attempt / "result.json").read_text())
+
+    @property
+    def losses(self) -> np.ndarray:
+        lines = (self.attempt / "events.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+        return np.array([event["loss"] for event in events if event["event"] == "step"])
+
+    @property
+    def lora(self) -> dict[str, np.ndarray]:
+        return files.load(self.attempt / "lora.safetensors")
+
+
+def command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the commands as a user would, in the checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def launch(folder: Path, devices: int, *overrides: str) -> Run:
+    """A short run of the demo's config."""
+    registry = folder / "registry"
+    settings = (
+        f"output={folder}",
+        f"registry={registry}",
+        "epochs=null",
+        f"images={STEPS * 16}",
+        *overrides,
+    )
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = command("launcher.cli", "--devices", str(devices), "--json", *options, CONFIG)
+    assert done.returncode == 0, done.stderr
+    (attempt,) = folder.glob("emoji-ink-*/attempt_1")
+    return Run(registry, json.loads(done.stdout), attempt)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two workers, eight images each."""
+    return launch(tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One worker with all sixteen images."""
+    return launch(tmp_path_factory.mktemp("one"), 1, "micro_batch=16")
+
+
+def test_both_ranks_end_with_the_same_weights_to_the_bit(two: Run) -> None:
+    first, second = two.result["rank_digests"]
+    assert first == second
+
+
+def test_only_the_lora_gradient_and_the_loss_are_all_reduced(two: Run) -> None:
+    parameters = sum(
+        tensor.size for name, tensor in two.lora.items() if not name.endswith(".alpha")
+    )
+    assert two.result["trained_parameters"] == parameters
+    assert two.result["synced_bytes"] == 4 * (parameters + 1)
+
+
+def test_two_workers_give_the_loss_curve_of_one(one: Run, two: Run) -> None:
+    assert len(one.losses) == len(two.losses) == STEPS
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-5)
+
+
+def test_two_workers_give_the_weights_of_one(one: Run, two: Run) -> None:
+    assert one.lora.keys() == two.lora.keys()
+    difference = sum(float(((one.lora[k] - two.lora[k]) ** 2).sum()) for k in one.lora)
+    size = sum(float((one.lora[k] ** 2).sum()) for k in one.lora)
+    assert difference <= 1e-8 * size
+
+
+def test_the_version_is_published_with_both_validation_losses(two: Run) -> None:
+    shown = command(
+        "registry.cli", "show", "emoji-ink@1", "--registry", str(two.registry), "--json"
+    )
+    assert shown.returncode == 0, shown.stderr
+    manifest = json.loads(shown.stdout)
+    assert manifest["metrics"]["validation_loss"] == two.result["validation_loss"]["lora"]
+    assert manifest["metrics"]["validation_loss_base"] == two.result["validation_loss"]["base"]
+    assert manifest["files"][0]["sha256"] == files.sha256(two.attempt / "lora.safetensors")
+
+
+def test_the_sampler_draws_base_and_lora(two: Run, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    arguments = ["--registry", str(two.registry), "--lora", "emoji-ink@1", "--steps", "2"]
+    prompts = ["--prompt", "ink emoji of fox", "--prompt", "ink emoji of pizza"]
+    done = command("sampler.cli", *arguments, *prompts, "--seed", "3", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out)
+    with Image.open(out) as sheet:
+        record = json.loads(sheet.text["lora-sample"])
+        assert np.asarray(sheet.convert("L")).std() > 10
+    assert record["lora"] == "emoji-ink@1"
+    assert record["lora_sha256"] == files.sha256(two.attempt / "lora.safetensors")
+
+
+def test_the_sampler_refuses_another_base(two: Run, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"):
+        files.dump(base / f"{name}.safetensors", {"x": np.zeros(1, np.float32)})
+    files.dump(base / "text_encoder/model.safetensors", {"x": np.zeros(1, np.float32)})
+    arguments = ["--registry", str(two.registry), "--lora", "emoji-ink@1", "--base", str(base)]
+    done = command("sampler.cli", *arguments, "--prompt", "x", "--out", str(tmp_path / "sheet.png"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: emoji-ink@1 was trained on a base with digest")
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_the_sampler_names_the_versions_that_exist(two: Run, tmp_path: Path) -> None:
+    arguments = ["--registry", str(two.registry), "--lora", "emoji-ink@7", "--prompt", "x"]
+    done = command("sampler.cli", *arguments, "--out", str(tmp_path / "sheet.png"))
+    assert done.returncode == 2
+    assert "emoji-ink@7" in done.stderr
+    assert "Traceback" not in done.stderr
