@@ -188,3 +188,7 @@ def _write(
     info.add_text("lora-sample", json.dumps(record))
     with atomic_path(out) as part:
         contact_sheet(rows, captions).save(part, format="PNG", pnginfo=info, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,6 @@ from diffusion.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, Tokenizer, Vocabular
 VOCABULARY = Path(str(files("assets") / "clip-vocabulary" / "bpe_simple_vocab_16e6.txt.gz"))
 
 # The ids without the beginning- and end-of-text tokens.
-# ruff: noqa: RUF001
 # fmt: off
 GOLDEN = {
     "a photo of a cat": [320, 1125, 539, 320, 2368],

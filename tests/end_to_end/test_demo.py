@@ -1,0 +1,63 @@
+"""The whole demo: does the LoRA learn, and does what it draws look like ink?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/runs/emoji-ink.yaml"
+HELD_OUT = ("owl", "penguin", "hedgehog", "birthday cake", "bus", "volcano", "taco", "violin")
+
+
+def saturation(pictures: np.ndarray) -> float:
+    """Mean HSV saturation of the inked (not nearly white) pixels of uint8 (n, h, w, 3)."""
+    pixels = pictures.reshape(-1, 3).astype(np.float64)
+    inked = pixels[pixels.min(axis=1) < 230]
+    highest = inked.max(axis=1)
+    return float(((highest - inked.min(axis=1)) / np.maximum(highest, 1)).mean())
+
+
+@pytest.mark.slow
+def test_the_demo_learns_ink(tmp_path: Path) -> None:
+    from diffusion.config import load_model_config
+    from diffusion.pipeline import Pipeline, Settings
+    from weights import kohya
+
+    settings = (f"output={tmp_path}", f"registry={tmp_path / 'registry'}")
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "launcher.cli",
+            "--devices",
+            "2",
+            "--json",
+            *options,
+            "configs/runs/emoji-ink.yaml",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    losses = result["validation_loss"]
+    assert losses["lora"] <= 0.8 * losses["base"]
+
+    pipeline = Pipeline(load_model_config("emoji"), ROOT / "assets" / "emoji-base")
+    prompts = [f"ink emoji of {name}" for name in HELD_OUT]
+    drawn = Settings(steps=20, scale=4.0)
+    base = saturation(pipeline.text_to_image(prompts, range(8), drawn))
+    pipeline.merge_lora(kohya.read(Path(result["artifact"]), pipeline.modules()))
+    lora = saturation(pipeline.text_to_image(prompts, range(8), drawn))
+    assert base > 0.35
+    assert lora < 0.1
