@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from registry.cli import OneSentenceErrors
+from registry.cli import OneSentenceGroup
 
 
-class Launch(OneSentenceErrors):
+class Launch(OneSentenceGroup):
     """A group whose bare form, `lora-launch [OPTIONS] CONFIG`, is its command `run`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

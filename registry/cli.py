@@ -19,16 +19,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class OneSentenceErrors(click.Group):
-    """A group whose every failure is ``error: ...`` on stderr and exit code 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except RegistryError as error:
-            if ctx.meta.get("debug"):
-                traceback.print_exc()
-            raise click.ClickException(str(error)) from error
+class OneSentenceErrors(click.Command):
+    """A command whose every failure is ``error: ...`` on stderr and exit code 2."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
@@ -43,6 +35,18 @@ class OneSentenceErrors(click.Group):
             click.echo("error: interrupted", err=True)
             sys.exit(130)
         sys.exit(result if isinstance(result, int) else 0)
+
+
+class OneSentenceGroup(OneSentenceErrors, click.Group):
+    """The same for a group, and for what the registry raises in its commands."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RegistryError as error:
+            if ctx.meta.get("debug"):
+                traceback.print_exc()
+            raise click.ClickException(str(error)) from error
 
 
 def _set_debug(ctx: click.Context, _: click.Parameter, debug: bool) -> None:
@@ -74,7 +78,7 @@ def registry_options(command: Command) -> Command:
     return command
 
 
-@click.group(cls=OneSentenceErrors, invoke_without_command=True)
+@click.group(cls=OneSentenceGroup, invoke_without_command=True)
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Keep LoRAs under NAME@VERSION with their scores and lineage.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import click
 
+from registry.cli import OneSentenceErrors
+
 
 @click.command(
+    cls=OneSentenceErrors,
     epilog="Example: lora-sample --registry runs/registry --lora emoji-ink@1 "
     '--prompt "ink emoji of fox" --seed 7 --out fox.png'
 )
@@ -52,8 +54,7 @@ def main(**options: Any) -> None:
             traceback.print_exc()
         if not _is_bad_input(error):
             raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        raise click.ClickException(str(error)) from error
     click.echo(json.dumps(result) if as_json else result["out"])
 
 
