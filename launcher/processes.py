@@ -92,6 +92,7 @@ class RunProcesses:
 
     def terminate_workers(self) -> None:
         """Ask every worker to end."""
+        self._find_members()
         for member in self._workers():
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.process.send_signal(signal.SIGTERM)

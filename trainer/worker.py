@@ -144,7 +144,7 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
                 loss=value,
                 gradient_norm=norm,
                 learning_rate=rate,
-                images_per_second=max(number, 1) * plan.global_batch / elapsed,
+                images_per_second=number * plan.global_batch / elapsed,
             )
         pending.clear()
 
