@@ -153,8 +153,7 @@ def _check_registry(config: RunConfig) -> None:
     problem = _write_problem(folder)
     if problem:
         raise LaunchError(f"registry: {problem}; name a folder that can be written")
-    if folder.is_dir() and any(folder.iterdir()):
-        registry.names()
+    registry.check_push(config.name)
 
 
 def _write_problem(folder: Path) -> str | None:

@@ -189,16 +189,30 @@ class Registry:
                 os.replace(temporary, destination)
         return destination
 
-    def _create(self) -> None:
+    def check_push(self, name: str) -> None:
+        """Find out, without writing, what would keep a push of ``name`` from being taken.
+
+        Raises ``RegistryError`` if the name is malformed, or if the location is neither a
+        registry of a known format nor free to become one.
+        """
+        check_name(name)
+        if self._exists():
+            self._require()
+
+    def _exists(self) -> bool:
         # Everything else is written after registry.json, so whoever sees other names first and
         # then no registry.json is not looking at a registry being created.
         others = self._store.names("")
-        if self._store.read("registry.json") is None:
-            if others:
-                raise RegistryError(
-                    f"{self.location} is not empty and has no registry.json, so it is not a "
-                    "registry; name an empty or a new folder"
-                )
+        exists = self._store.read("registry.json") is not None
+        if others and not exists:
+            raise RegistryError(
+                f"{self.location} is not empty and has no registry.json, so it is not a "
+                "registry; name an empty or a new folder"
+            )
+        return exists
+
+    def _create(self) -> None:
+        if not self._exists():
             document = json.dumps({"format_version": _FORMAT_VERSION}).encode()
             self._store.put_if_absent("registry.json", document)
         self._require()

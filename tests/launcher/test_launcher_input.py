@@ -110,7 +110,7 @@ def file_as_registry(folder: Path) -> str:
 def other_folder_as_registry(folder: Path) -> str:
     (folder / "registry").mkdir()
     (folder / "registry/thesis.txt").write_text("")
-    return f"there is no registry at {folder}/registry"
+    return f"{folder}/registry is not empty and has no registry.json"
 
 
 def file_as_output(folder: Path) -> str:

@@ -259,3 +259,14 @@ def test_a_file_is_not_a_registry(loras: Registry, lora: Path, folder: Path) -> 
         loras.push("ink", lora)
     with pytest.raises(RegistryError, match="Not a directory"):
         loras.names()
+
+
+def test_a_push_can_be_checked_without_writing(tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    open_registry(str(new)).check_push("ink")
+    assert not new.exists()
+    with pytest.raises(RegistryError, match="name"):
+        open_registry(str(new)).check_push("../ink")
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(RegistryError, match="not empty and has no registry.json"):
+        open_registry(str(tmp_path)).check_push("ink")
