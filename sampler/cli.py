@@ -16,7 +16,7 @@ from registry.cli import OneSentenceErrors
 @click.command(
     cls=OneSentenceErrors,
     epilog="Example: lora-sample --registry runs/registry --lora emoji-ink@1 "
-    '--prompt "ink emoji of fox" --seed 7 --out fox.png'
+    '--prompt "ink emoji of fox" --seed 7 --out fox.png',
 )
 @click.option("--lora", required=True, metavar="NAME[@VERSION]", help="The LoRA in the registry.")
 @click.option("--registry", envvar="LORA_REGISTRY", help="Its registry: a folder.")

@@ -93,6 +93,9 @@ def read_image(path: Path, resolution: int) -> np.ndarray:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips at 255
+                levels = np.asarray(image, np.float64) / 257
+                image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(
