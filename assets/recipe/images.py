@@ -177,9 +177,6 @@ def png(svg: str, size: int, mode: str) -> bytes:
     return buffer.getvalue()
 
 
-BASE_CATEGORIES = ("Smileys", "Animals", "Food")
-
-
 def caption(style: str, name: str) -> str:
     """Returns the caption of a concept: "ink emoji of red apple" for ("ink", "red-apple")."""
     return f"{style} emoji of {name.replace('-', ' ')}"
@@ -224,17 +221,16 @@ def write_style(
     write_atomically(folder / "metadata.jsonl", "".join(lines).encode())
 
 
-def write_base_set(folder: Path, category: Mapping[str, str], ink: Iterable[str]) -> None:
-    """The table of what UNet and text encoder learn from: both colour styles, no ink.
+def write_base_set(folder: Path, names: Iterable[str]) -> None:
+    """The table of what UNet and text encoder learn from: two colour styles, no ink.
 
-    Three categories whole and, of the others, what the ink set needs; fewer concepts, each seen
-    more often, draw better than all of them seen too rarely.
+    Only the concepts of the ink set: few of them, each seen often, draw better than all of them
+    seen too rarely.
     """
-    wanted = {name for name, group in category.items() if group in BASE_CATEGORIES} | set(ink)
     rows = [
         {"file_name": f"../{style}/{name}.png", "text": caption(style, name)}
         for style in ("flat", "noto")
-        for name in sorted(wanted)
+        for name in sorted(names)
     ]
     table = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomically(folder / "metadata.jsonl", table.encode())
@@ -299,7 +295,7 @@ def main(out_dir: Path, size: int, ink_set: Path | None) -> None:
         "category": category,
     }
     write_atomically(out_dir / "concepts.json", (json.dumps(concepts, indent=1) + "\n").encode())
-    write_base_set(out_dir / "base", category, train + validation)
+    write_base_set(out_dir / "base", train + validation)
     if ink_set is not None:
         write_ink_set(ink_set / "train", out_dir / "ink", train)
         write_ink_set(ink_set / "validation", out_dir / "ink", validation)
