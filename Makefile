@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 SHEET := demo/contact-sheet.png
 # Held out of the training set.
-DRAWN := owl penguin hedgehog birthday-cake bus volcano taco violin
+DRAWN := penguin hamster birthday-cake bus taco violin crying-face nerd-face
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow parity lint format lock clean
@@ -43,7 +43,7 @@ $(PARITY): requirements-parity.txt $(INSTALLED)
 demo: $(INSTALLED)
 	@start=$$(date +%s) && \
 	$(BIN)/lora-launch --devices 2 configs/runs/emoji-ink.yaml && \
-	$(BIN)/lora-sample --registry runs/registry --lora emoji-ink --seed 1 \
+	$(BIN)/lora-sample --registry runs/registry --lora emoji-ink --seed 0 --scale 3 \
 	    $(foreach name,$(DRAWN),--prompt "ink emoji of $(subst -, ,$(name))") \
 	    --out $(SHEET) --overwrite && \
 	echo "Trained and drawn in $$(($$(date +%s) - start)) s: see $(SHEET)"
