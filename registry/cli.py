@@ -298,3 +298,7 @@ def _human_size(size: int) -> str:
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size} B"
+
+
+if __name__ == "__main__":
+    main()

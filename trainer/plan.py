@@ -12,6 +12,7 @@ from diffusion.config import load_model_config
 from trainer.config import ConfigError, RunConfig
 from trainer.images import DataError, Example, find_examples, read_image
 from weights import base, files
+from weights.files import WeightsError
 from weights.lora import adapter_size, check_rank, target_modules
 
 
@@ -143,8 +144,35 @@ def loaded_networks(config: RunConfig) -> tuple[str, ...]:
 
 
 def check_base(config: RunConfig) -> dict[str, str]:
-    """sha256 of each weight file of the base; raises WeightsError if one is missing or altered."""
-    return base.digests(config.base.weights, loaded_networks(config))
+    """sha256 of each weight file of the base.
+
+    Raises WeightsError if a file is missing or altered, or is another model's than `base.model`.
+    """
+    digests = base.digests(config.base.weights, loaded_networks(config))
+    for network, (name, expected) in _telling_shapes(config).items():
+        if network in loaded_networks(config):
+            path = base.network_file(config.base.weights, network)
+            found = files.shapes(path).get(name)
+            if found != expected:
+                raise WeightsError(
+                    f"{path}: expected {name} of {expected} as in {config.base.model}, found "
+                    f"{found or 'none'}; check that base.model fits base.weights"
+                )
+    return digests
+
+
+def _telling_shapes(config: RunConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """One tensor of each network whose shape tells the models apart."""
+    model = load_model_config(config.base.model)
+    unet, vae, text = model.unet, model.vae, model.text_encoder
+    return {
+        "unet": ("conv_in.weight", (unet.block_out_channels[0], unet.in_channels, 3, 3)),
+        "vae": ("encoder.conv_in.weight", (vae.block_out_channels[0], 3, 3, 3)),
+        "text_encoder": (
+            "text_model.embeddings.token_embedding.weight",
+            (text.vocab_size, text.hidden_size),
+        ),
+    }
 
 
 def check_images(config: RunConfig) -> None:

@@ -23,13 +23,16 @@ def write_images(folder: Path, count: int) -> None:
 def settings(tmp_path: Path) -> dict[str, Any]:
     """A config, as plain values, that trains on a tiny base and four images."""
     base = tmp_path / "base"
-    for file in (
-        "unet/diffusion_pytorch_model.safetensors",
-        "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors",
+    # What tells the model apart, and in each file one module that a LoRA can adapt.
+    for file, name, shape in (
+        ("unet/diffusion_pytorch_model", "conv_in", (64, 4, 3, 3)),
+        ("vae/diffusion_pytorch_model", "encoder.conv_in", (16, 3, 3, 3)),
+        ("text_encoder/model", "text_model.embeddings.token_embedding", (49408, 64)),
     ):
-        (base / file).parent.mkdir(parents=True)
-        save_file({f"{_MODULE}.weight": np.zeros((8, 8), np.float32)}, base / file)
+        path = base / f"{file}.safetensors"
+        path.parent.mkdir(parents=True)
+        shapes = {name: shape, _MODULE: (8, 8)}
+        save_file({f"{n}.weight": np.zeros(s, np.float16) for n, s in shapes.items()}, path)
     write_images(tmp_path / "train", 4)
     write_images(tmp_path / "validation", 2)
     return {

@@ -49,9 +49,15 @@ def config(tmp_path: Path) -> RunConfig:
         (images / f"{number}.txt").write_text("x")
     weight = np.zeros((8, 8), np.float16)
     tensors = {
-        "unet": {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight": weight},
-        "vae": {"x": weight},
-        "text_encoder": {"text_model.encoder.layers.0.self_attn.q_proj.weight": weight},
+        "unet": {
+            "conv_in.weight": np.zeros((64, 4, 3, 3), np.float16),
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight": weight,
+        },
+        "vae": {"encoder.conv_in.weight": np.zeros((16, 3, 3, 3), np.float16)},
+        "text_encoder": {
+            "text_model.embeddings.token_embedding.weight": np.zeros((49408, 64), np.float16),
+            "text_model.encoder.layers.0.self_attn.q_proj.weight": weight,
+        },
     }
     for network, arrays in tensors.items():
         files.dump(tmp_path / "base" / base.NETWORK_FILES[network][0], arrays)
@@ -117,3 +123,8 @@ def test_a_missing_network_is_named(config: RunConfig) -> None:
     base.network_file(config.base.weights, "text_encoder").unlink()
     with pytest.raises(WeightsError, match="expected text_encoder/model"):
         check_base(config)
+
+
+def test_the_weights_of_another_model_are_refused(config: RunConfig) -> None:
+    with pytest.raises(WeightsError, match=r"\(320, 4, 3, 3\) as in sd15, found \(64, 4, 3, 3\)"):
+        check_base(changed(config, base={"model": "sd15"}))
