@@ -49,18 +49,20 @@ def main(**options: Any) -> None:
     as_json, debug = options.pop("as_json"), options.pop("debug")
     try:
         result = sample(**options)
-    except Exception as error:
+    except _input_errors() as error:
         if debug:
             traceback.print_exc()
-        if not _is_bad_input(error):
-            raise
         raise click.ClickException(str(error)) from error
     click.echo(json.dumps(result) if as_json else result["out"])
 
 
-def _is_bad_input(error: Exception) -> bool:
-    """This project's own errors are about input; anything else is a defect."""
-    return type(error).__module__.split(".")[0] in ("sampler", "registry", "weights", "diffusion")
+def _input_errors() -> tuple[type[Exception], ...]:
+    """What the rooms raise for bad input, each with one sentence for the user."""
+    from diffusion.config import ModelConfigError
+    from registry.errors import RegistryError
+    from weights.files import WeightsError
+
+    return ModelConfigError, RegistryError, SampleError, WeightsError
 
 
 class SampleError(ValueError):

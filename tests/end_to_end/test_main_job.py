@@ -151,5 +151,5 @@ def test_the_sampler_names_the_versions_that_exist(two: Run, tmp_path: Path) -> 
     arguments = ["--registry", str(two.registry), "--lora", "emoji-ink@7", "--prompt", "x"]
     done = command("sampler.cli", *arguments, "--out", str(tmp_path / "sheet.png"))
     assert done.returncode == 2
-    assert "emoji-ink@7" in done.stderr
+    assert "emoji-ink has no version 7" in done.stderr
     assert "Traceback" not in done.stderr

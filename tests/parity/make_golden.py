@@ -75,18 +75,23 @@ def filled(network: torch.nn.Module, rename: Any = str) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(torch.tensor(cases.weight(rename(name), tuple(parameter.shape))))
-    return network.eval()
+    return network.double().eval()
 
 
-def numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().numpy()
+def tensor(array: np.ndarray) -> torch.Tensor:
+    """Double precision, so that rounding is on one side of the comparison only."""
+    return torch.tensor(array).double()
+
+
+def numpy(values: torch.Tensor) -> np.ndarray:
+    return values.detach().float().numpy()
 
 
 def networks() -> dict[str, np.ndarray]:
     found = {}
-    latents = torch.tensor(cases.array("latents", 2, 4, 8, 8))
-    context = torch.tensor(cases.array("context", 2, 77, cases.CONTEXT))
-    target = torch.tensor(cases.array("target", 2, 4, 8, 8))
+    latents = tensor(cases.array("latents", 2, 4, 8, 8))
+    context = tensor(cases.array("context", 2, 77, cases.CONTEXT))
+    target = tensor(cases.array("target", 2, 4, 8, 8))
     timesteps = torch.tensor([3, 750])
     for name, config in cases.UNETS.items():
         network = filled(unet(config))
@@ -105,7 +110,7 @@ def networks() -> dict[str, np.ndarray]:
                 path = path.replace("lora_A.default", "lora_down")
                 path = path.replace("lora_B.default", "lora_up")
                 value = cases.weight(path, tuple(parameter.shape))
-                parameter.data.copy_(torch.tensor(value))
+                parameter.data = tensor(value)
                 gradients[path] = parameter
         output = network(latents, timesteps, context).sample
         ((output - target) ** 2).mean().backward()
@@ -117,7 +122,7 @@ def networks() -> dict[str, np.ndarray]:
         ids = torch.tensor(cases.token_ids(config.pad_token_id)).long()
         found[f"text_{name}"] = numpy(network(ids).last_hidden_state)
     network = filled(vae(cases.VAE))
-    moments = network.encode(torch.tensor(cases.array("images", 2, 3, 16, 16))).latent_dist
+    moments = network.encode(tensor(cases.array("images", 2, 3, 16, 16))).latent_dist
     found["vae_mean"], found["vae_logvar"] = numpy(moments.mean), numpy(moments.logvar)
     found["vae_decoded"] = numpy(network.decode(latents).sample)
     return found
@@ -178,7 +183,7 @@ def pictures() -> dict[str, np.ndarray]:
         hidden = encoder(torch.tensor(ids).long()).last_hidden_state
         positive, negative = hidden[:2], hidden[[2, 2]]
         size = model.resolution // model.vae.factor
-        x = torch.tensor(
+        x = tensor(
             np.stack(
                 [
                     cases.generator(seed, "latents").standard_normal((4, size, size))

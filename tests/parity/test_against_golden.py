@@ -115,7 +115,8 @@ def test_unet_with_and_without_lora(golden: Mapping[str, np.ndarray], name: str)
     output, *gradients = WithGradient(Objective(unet), parameters)(*inputs, Tensor(TARGET))
     close(output.asnumpy(), golden[f"lora_{name}"])
     ours = np.concatenate([gradient.asnumpy().ravel() for gradient in gradients])
-    close(ours, golden[f"lora_gradient_{name}"], 1e-4)
+    # Golden is double precision; PyTorch's own single precision is 2.3e-4 away from it here.
+    close(ours, golden[f"lora_gradient_{name}"], 3e-4)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])

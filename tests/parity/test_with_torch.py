@@ -56,6 +56,7 @@ def test_diffusers_opens_our_lora(targets: str, tmp_path: Path) -> None:
     state, alphas = StableDiffusionPipeline.lora_state_dict(path, unet_config=theirs.config)
     StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=theirs)
     latents, timesteps, context = map(torch.tensor, UNET_INPUTS)
+    theirs.float()
     with torch.no_grad():
         found = theirs(latents, timesteps, context).sample.numpy()
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
