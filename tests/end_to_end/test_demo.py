@@ -25,12 +25,17 @@ HELD_OUT = (
 )
 
 
-def saturation(pictures: np.ndarray) -> float:
-    """Mean HSV saturation of the inked (not nearly white) pixels of uint8 (n, h, w, 3)."""
+def colour(pictures: np.ndarray) -> tuple[float, float]:
+    """Mean HSV saturation and mean chroma (0 to 1) of the inked pixels of uint8 (n, h, w, 3).
+
+    Inked is what is not nearly white. Saturation is chroma over brightness, so that the faintest
+    tint of a black line counts as fully coloured; chroma is what the eye sees.
+    """
     pixels = pictures.reshape(-1, 3).astype(np.float64)
     inked = pixels[pixels.min(axis=1) < 230]
     highest = inked.max(axis=1)
-    return float(((highest - inked.min(axis=1)) / np.maximum(highest, 1)).mean())
+    chroma = highest - inked.min(axis=1)
+    return float((chroma / np.maximum(highest, 1)).mean()), float(chroma.mean() / 255)
 
 
 @pytest.mark.slow
@@ -65,8 +70,8 @@ def test_the_demo_learns_ink(tmp_path: Path) -> None:
     pipeline = Pipeline(load_model_config("emoji"), ROOT / "assets" / "emoji-base")
     prompts = [f"ink emoji of {name}" for name in HELD_OUT]
     drawn = Settings(steps=20, scale=3.0)
-    base = saturation(pipeline.text_to_image(prompts, range(8), drawn))
+    _, base = colour(pipeline.text_to_image(prompts, range(8), drawn))
     pipeline.merge_lora(kohya.read(Path(result["artifact"]), pipeline.modules()))
-    lora = saturation(pipeline.text_to_image(prompts, range(8), drawn))
-    assert base > 0.35
+    _, lora = colour(pipeline.text_to_image(prompts, range(8), drawn))
+    assert base > 0.3
     assert lora < 0.1
