@@ -5,12 +5,15 @@ The fields carry the names and meanings of the published diffusers and transform
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from weights.base import Base
 
 
 class _Strict(BaseModel):
@@ -77,6 +80,12 @@ class ModelConfigError(ValueError):
     """A model description that is missing or does not fit the schema."""
 
 
+def model_names() -> list[str]:
+    """The models of `configs/models`, sorted."""
+    folder = files("configs") / "models"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
 def load_model_config(name: str) -> ModelConfig:
     """Read `configs/models/<name>.yaml`, or the YAML file at path `name`.
 
@@ -85,12 +94,9 @@ def load_model_config(name: str) -> ModelConfig:
     folder = files("configs") / "models"
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(folder / f"{name}.yaml"))
     if not path.is_file():
-        known = sorted(
-            entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")
-        )
         raise ModelConfigError(
-            f"model {name!r} is not known; choose one of {', '.join(known)} or give the path "
-            "of a YAML file"
+            f"model {name!r} is not known; choose one of {', '.join(model_names())} or give the "
+            "path of a YAML file"
         )
     try:
         return ModelConfig.model_validate(yaml.safe_load(path.read_text()))
@@ -100,3 +106,53 @@ def load_model_config(name: str) -> ModelConfig:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ModelConfigError(f"{path}: {field}: {first['msg']}") from error
+
+
+def difference(config: ModelConfig, base: Base) -> str | None:
+    """The first thing in which a base's weights differ from a model; None if they are its."""
+    for network, found in base.networks.items():
+        expected = getattr(config, network)
+        for field in fields(found.structure):
+            ours, theirs = getattr(expected, field.name), getattr(found.structure, field.name)
+            if ours != theirs:
+                return f"its {network} has {field.name} {theirs}, the model has {ours}"
+    return None
+
+
+def recognise(base: Base, model: str | None = None) -> tuple[str, ModelConfig]:
+    """The name and config of the model whose weights `base` holds.
+
+    With `model` it is that one, if the weights fit. Else it is the one of `configs/models` with
+    the same networks; which parametrisation it has is said by the base's own files, and is
+    epsilon for Stable Diffusion 1.x. Raises ModelConfigError, with how to say it, if that does
+    not settle it.
+    """
+    if model is not None:
+        config = load_model_config(model)
+        if problem := difference(config, base):
+            raise ModelConfigError(
+                f"{base.path}: these are not the weights of base.model {model}: {problem}; leave "
+                "base.model out to have it recognised"
+            )
+        return model, config
+    known = {name: load_model_config(name) for name in model_names()}
+    fitting = {name: config for name, config in known.items() if not difference(config, base)}
+    if not fitting:
+        raise ModelConfigError(
+            f"{base.path}: its networks are of no model in configs/models ({base.family}: "
+            f"{base.networks['unet'].structure}); describe it in a YAML file like those and name "
+            "that as base.model"
+        )
+    kinds = {config.prediction_type for config in fitting.values()}
+    if len(kinds) > 1:
+        kind = base.prediction.type if base.prediction else None
+        if kind is None and base.family == "Stable Diffusion 1.x":
+            kind = "epsilon"
+        if kind is None:
+            choices = (f"{name} ({config.prediction_type})" for name, config in fitting.items())
+            raise ModelConfigError(
+                f"{base.path}: this is {base.family}, but nothing in it says whether it predicts "
+                f"epsilon or v; say it with base.model: {', '.join(choices)}"
+            )
+        fitting = {name: c for name, c in fitting.items() if c.prediction_type == kind}
+    return list(fitting.items())[-1]

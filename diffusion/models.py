@@ -1,9 +1,8 @@
-"""Networks with the weights of a base model's folder in them."""
+"""Networks with the weights of a base model in them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
 import mindspore as ms
 import numpy as np
@@ -14,7 +13,7 @@ from diffusion.config import ModelConfig
 from diffusion.text_encoder import CLIPTextModel
 from diffusion.unet import UNet2DConditionModel
 from diffusion.vae import AutoencoderKL
-from weights import base
+from weights.base import Base
 from weights.files import WeightsError
 
 
@@ -27,28 +26,29 @@ def build(config: ModelConfig, network: str) -> nn.Cell:
     return CLIPTextModel(config.text_encoder)
 
 
-def load(config: ModelConfig, folder: str | Path, network: str) -> nn.Cell:
-    """The same with the weights of `folder`; no random weights are drawn.
+def load(config: ModelConfig, base: Base, network: str, allow_nan: bool = False) -> nn.Cell:
+    """The same with the weights of `base`, in float32; no random weights are drawn.
 
-    Raises WeightsError if the file is missing or damaged or its tensors do not fit the model.
+    One tensor at a time is in memory beside the network. Raises WeightsError if the weights do
+    not fit the model, or hold NaN (unless `allow_nan`).
     """
     with no_init_parameters():
         cell = build(config, network)
-    tensors = base.load_network(folder, network)
-    set_weights(cell, tensors, f"{base.network_file(folder, network)}")
-    missing = [p.name for p in cell.get_parameters() if p.name not in tensors]
+    found = base.networks[network]
+    missing = [p.name for p in cell.get_parameters() if p.name not in found.shapes]
     if missing:
         raise WeightsError(
-            f"{base.network_file(folder, network)}: {len(missing)} tensors of the model are not "
-            f"in the file (first: {missing[0]}); check that base.model fits the weights"
+            f"{base.path}: {len(missing)} tensors of the model are not in its {network} (first: "
+            f"{missing[0]}); check that base.model fits the weights"
         )
+    set_weights(cell, found.tensors(np.float32, allow_nan), f"{base.path}")
     return cell
 
 
-def set_weights(cell: nn.Cell, tensors: Mapping[str, np.ndarray], source: str) -> None:
+def set_weights(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], source: str) -> None:
     """Put arrays into the parameters of these names; raises WeightsError if one does not fit."""
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         if name not in parameters:
             raise WeightsError(
                 f"{source}: the model has no tensor {name}; check that base.model fits the weights"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -16,7 +15,8 @@ from diffusion.randomness import generator
 from diffusion.schedule import SIGMAS, TRAIN_TIMESTEPS
 from diffusion.solvers import SOLVERS, linspace_sigmas
 from diffusion.tokenizer import Tokenizer, clip_vocabulary
-from weights.lora import Adapter, merge
+from weights.base import Base
+from weights.lora import Adapters, merge
 
 BATCH = 4
 """Images drawn at once. Every batch has this size, so nothing compiles twice and a picture does
@@ -57,37 +57,24 @@ class Settings:
 class Pipeline:
     """The networks of one base model, compiled once and used for any number of pictures."""
 
-    def __init__(self, config: ModelConfig, folder: str | Path):
+    def __init__(self, config: ModelConfig, base: Base):
         self.config = config
-        self.unet = models.load(config, folder, "unet")
-        self.text_encoder = models.load(config, folder, "text_encoder")
-        self.vae = models.load(config, folder, "vae")
+        self.unet = models.load(config, base, "unet")
+        self.text_encoder = models.load(config, base, "text_encoder")
+        self.vae = models.load(config, base, "vae")
         self.tokenizer = Tokenizer(clip_vocabulary(), config.text_encoder.pad_token_id)
         self.guided = _Guided(self.unet)
         for network in (self.guided, self.unet, self.text_encoder, self.vae):
             network.set_train(False)
 
-    def modules(self) -> dict[str, list[str]]:
-        """The module paths of each network that a LoRA can adapt."""
-        networks = {"unet": self.unet, "text_encoder": self.text_encoder}
-        return {
-            name: [
-                parameter.name.removesuffix(".weight")
-                for parameter in network.get_parameters()
-                if parameter.name.endswith(".weight")
-            ]
-            for name, network in networks.items()
-        }
-
-    def merge_lora(
-        self, adapters: Mapping[str, Mapping[str, Adapter]], weight: float = 1.0
-    ) -> None:
-        """Add LoRAs, by network and module, into the weights."""
+    def merge_lora(self, adapters: Adapters, weight: float = 1.0) -> None:
+        """Add a LoRA, by network and module, into the weights."""
         networks = {"unet": self.unet, "text_encoder": self.text_encoder}
         for name, found in adapters.items():
             network = networks[name]
-            tensors = {p.name: p.asnumpy() for p in network.get_parameters()}
-            models.set_weights(network, merge(tensors, found, weight), "the LoRA")
+            adapted = {f"{module}.weight" for module in found}
+            tensors = {p.name: p.asnumpy() for p in network.get_parameters() if p.name in adapted}
+            models.set_weights(network, merge(tensors, found, weight).items(), "the LoRA")
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Hidden states (len(texts), 77, width)."""

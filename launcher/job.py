@@ -18,7 +18,7 @@ from cluster.msrun import Msrun
 from launcher.errors import LaunchError
 from registry.api import open_registry
 from trainer.config import RunConfig, dump_config, load_config
-from trainer.plan import Plan, check_base, check_images, make_plan
+from trainer.plan import Plan, check_images, make_plan
 
 WORKER = "trainer.worker"
 _HCCN_CONF = Path("/etc/hccn.conf")
@@ -65,7 +65,6 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
     device_ids = parse_devices(request.devices, machine)
     plan = make_plan(config, len(device_ids), machine.device_target)
     check_images(config)
-    check_base(config)
     _check_output(config)
     _check_registry(config)
 

@@ -78,7 +78,11 @@ def publish(job: Job, result: Result) -> str | None:
 def lineage(job: Job, result: Result, commit: str | None) -> dict[str, Any]:
     """Where the LoRA comes from: base, data, config, plan and software."""
     return {
-        "base": {**job.config.base.model_dump(mode="json"), "digest": result.base_digest},
+        "base": {
+            **job.config.base.model_dump(mode="json"),
+            "model": job.plan.model,
+            "digest": result.base_digest,
+        },
         "data": {"digest": result.data_digest, "examples": job.plan.examples},
         "config": job.config.model_dump(mode="json"),
         "plan": job.plan.as_dict(),

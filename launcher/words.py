@@ -35,7 +35,7 @@ def plan_text(job: Job) -> str:
     )
     published = f"{config.name} in {config.registry}, as its next version"
     rows = {
-        "base": f"{plan.model}, {config.base.weights}",
+        "base": f"{plan.model}, {config.base.weights} ({plan.base})",
         "trained": trained,
         "all-reduced": synced,
         "images": f"{plan.examples:,}, seen {plan.epochs:.4g} times: {plan.images:,} samples",

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import traceback
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from registry.cli import OneSentenceErrors
+
+if TYPE_CHECKING:
+    from diffusion.config import ModelConfig
+    from weights.base import Base
+    from weights.lora import Adapters
 
 
 @click.command(
@@ -18,7 +24,12 @@ from registry.cli import OneSentenceErrors
     epilog="Example: lora-sample --registry runs/registry --lora emoji-ink@1 "
     '--prompt "ink emoji of fox" --seed 7 --out fox.png',
 )
-@click.option("--lora", required=True, metavar="NAME[@VERSION]", help="The LoRA in the registry.")
+@click.option(
+    "--lora",
+    required=True,
+    metavar="NAME[@VERSION]|FILE",
+    help="A LoRA in the registry, or a LoRA file of any dialect (then name its --base).",
+)
 @click.option("--registry", envvar="LORA_REGISTRY", help="Its registry: a folder.")
 @click.option(
     "--prompt", "prompts", multiple=True, required=True, help="What to draw; may be given again."
@@ -36,7 +47,17 @@ from registry.cli import OneSentenceErrors
     "--scale", default=4.0, show_default=True, help="Classifier-free guidance; 1 turns it off."
 )
 @click.option("--weight", default=1.0, show_default=True, help="Strength of the LoRA.")
-@click.option("--base", help="Folder of the base model, if it is not where it was at training.")
+@click.option(
+    "--base",
+    metavar="PATH",
+    help="The base model, a folder or a file; default: the one that the LoRA was trained on.",
+)
+@click.option("--model", help="Which model the base is, if its weights do not say it: sd21-v, …")
+@click.option(
+    "--ignore-unknown",
+    is_flag=True,
+    help="Leave out what the base has no place for.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="PNG to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @click.option(
@@ -79,38 +100,37 @@ def sample(
     scale: float,
     weight: float,
     base: str | None,
+    model: str | None,
+    ignore_unknown: bool,
     out: Path,
     overwrite: bool,
     device_target: str,
 ) -> dict[str, Any]:
     """Draw, write the sheet and return what was done as plain values.
 
-    Raises SampleError, RegistryError or WeightsError, each one sentence.
+    Raises SampleError, RegistryError, ModelConfigError or WeightsError, each one sentence.
     """
-    from registry.api import open_registry
-    from weights.base import NETWORK_FILES, combined_digest, digests
+    from diffusion.config import recognise
+    from weights.base import combined_digest
+    from weights.lora import fit
+    from weights.lora_files import read
 
     if out.exists() and not overwrite:
         raise SampleError(f"{out}: the file exists; choose another --out or add --overwrite")
-    if not registry:
-        raise SampleError("no registry is named; give --registry or set LORA_REGISTRY")
-    file, manifest = open_registry(registry).fetch(lora)
-    lineage = manifest.metadata.get("base")
-    if not isinstance(lineage, dict) or not {"model", "weights", "digest"} <= lineage.keys():
-        raise SampleError(f"{manifest.reference}: its manifest does not name a base model")
-    folder = base or str(lineage["weights"])
-    found = combined_digest(digests(folder, tuple(NETWORK_FILES)))
-    if found != lineage["digest"]:
-        raise SampleError(
-            f"{manifest.reference} was trained on a base with digest "
-            f"{str(lineage['digest'])[:12]}…, {folder} has {found[:12]}…; name the right one "
-            "with --base"
-        )
-
+    found = _local(lora, base) if Path(lora).is_file() else _registered(lora, registry, base)
+    name, config = recognise(found.base, model or found.model)
+    shapes = {network: parts.shapes for network, parts in found.base.networks.items()}
+    adapters = fit(
+        read(found.file, ignore_unknown).adapters,
+        shapes,
+        found.name,
+        str(found.base.path),
+        ignore_unknown,
+    )
     settings, rows = _draw(
-        str(lineage["model"]),
-        folder,
-        file,
+        config,
+        found.base,
+        adapters,
         prompts,
         [seed + i for i in range(len(prompts))],
         {"steps": steps, "scale": scale, "negative": negative},
@@ -118,22 +138,71 @@ def sample(
         device_target,
     )
     record = {
-        "lora": manifest.reference,
-        "lora_sha256": manifest.files[0].sha256,
-        "base_digest": found,
+        "lora": found.name,
+        "lora_sha256": found.sha256,
+        "model": name,
+        "base_digest": combined_digest(found.base.digests()),
         "prompts": list(prompts),
         "seed": seed,
         "weight": weight,
         **settings,
     }
-    _write(out, [("base", rows[0]), (manifest.reference, rows[1])], prompts, record)
+    _write(out, [("base", rows[0]), (found.name, rows[1])], prompts, record)
     return {"out": str(out), **record}
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A LoRA's file and the base to draw it with."""
+
+    name: str
+    file: Path
+    sha256: str
+    base: Base
+    model: str | None
+
+
+def _local(lora: str, base: str | None) -> _Found:
+    """A LoRA file of any dialect; nothing says which base it is for."""
+    from weights.base import open_base
+    from weights.files import sha256
+
+    if base is None:
+        raise SampleError(f"{lora}: a file does not say where its base is; name it with --base")
+    path = Path(lora)
+    return _Found(path.name, path, sha256(path), open_base(base), None)
+
+
+def _registered(lora: str, registry: str | None, base: str | None) -> _Found:
+    """A LoRA from the registry, with the base that its manifest names, checked by digest."""
+    from registry.api import open_registry
+    from weights.base import combined_digest, open_base
+
+    if not registry:
+        raise SampleError(
+            f"there is no file {lora}, and no registry is named; give --registry or set "
+            "LORA_REGISTRY"
+        )
+    file, manifest = open_registry(registry).fetch(lora)
+    lineage = manifest.metadata.get("base")
+    if not isinstance(lineage, dict) or not {"model", "weights", "digest"} <= lineage.keys():
+        raise SampleError(f"{manifest.reference}: its manifest does not name a base model")
+    opened = open_base(base or str(lineage["weights"]))
+    found = combined_digest(opened.digests())
+    if found != lineage["digest"]:
+        raise SampleError(
+            f"{manifest.reference} was trained on a base with digest "
+            f"{str(lineage['digest'])[:12]}…, {opened.path} has {found[:12]}…; name the right one "
+            "with --base"
+        )
+    sha256 = manifest.files[0].sha256
+    return _Found(manifest.reference, file, sha256, opened, str(lineage["model"]))
+
+
 def _draw(
-    model: str,
-    folder: str,
-    lora_file: Path,
+    config: ModelConfig,
+    base: Base,
+    adapters: Adapters,
     prompts: tuple[str, ...],
     seeds: list[int],
     options: dict[str, Any],
@@ -142,16 +211,12 @@ def _draw(
 ) -> tuple[dict[str, Any], list[Any]]:
     """Pictures of the base and of the base with the LoRA."""
     os.environ.setdefault("GLOG_v", "3")
-    from dataclasses import asdict
-
     import mindspore as ms
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
 
-    from diffusion.config import load_model_config
     from diffusion.pipeline import Pipeline, Settings
-    from weights import kohya
 
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(device_target)
@@ -159,8 +224,7 @@ def _draw(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("loading", total=2 * len(prompts))
-        pipeline = Pipeline(load_model_config(model), folder)
-        adapters = kohya.read(lora_file, pipeline.modules())
+        pipeline = Pipeline(config, base)
         rows = []
         for number, description in enumerate(("base", "LoRA")):
             progress.update(task, description=description)

@@ -10,7 +10,9 @@ import numpy as np
 from diffusion.config import ModelConfig
 from diffusion.lora import adapters
 from trainer.config import RunConfig
-from weights import base, files, kohya
+from weights import files, lora_files
+from weights.base import NETWORK_FILES
+from weights.lora import Adapters
 
 
 def version_name(model: ModelConfig) -> str:
@@ -19,52 +21,40 @@ def version_name(model: ModelConfig) -> str:
     return f"sd_{generation}" + ("_v" if model.prediction_type == "v_prediction" else "")
 
 
-def lora_metadata(config: RunConfig, model: ModelConfig, base_digest: str) -> dict[str, str]:
-    """The header of the published LoRA: kohya's minimum set and ModelSpec 1.0.1."""
-    second = model.unet.cross_attention_dim == 1024
-    alpha = config.lora.scale * config.lora.rank
-    resolution = config.data.resolution or model.resolution
-    if not second:
-        architecture = "stable-diffusion-v1/lora"
-    elif model.prediction_type == "epsilon":
-        architecture = "stable-diffusion-v2-512/lora"
-    else:
-        architecture = "stable-diffusion-v2-768-v/lora"
-    return {
-        "ss_v2": str(second),
-        "ss_base_model_version": version_name(model),
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.lora.rank),
-        "ss_network_alpha": str(alpha),
-        "ss_network_args": "{}",
-        "ss_output_name": config.name,
-        "ss_sd_model_name": config.base.model,
-        "ss_new_sd_model_hash": base_digest,
-        "ss_seed": str(config.seed),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": config.name,
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": "epsilon" if model.prediction_type == "epsilon" else "v",
-    }
+def lora_metadata(
+    adapters: Adapters, config: RunConfig, name: str, model: ModelConfig, base_digest: str
+) -> dict[str, str]:
+    """The header of the published LoRA; `name` is the model's."""
+    return lora_files.header(
+        adapters,
+        config.name,
+        version_name(model),
+        config.data.resolution or model.resolution,
+        {
+            "ss_sd_model_name": name,
+            "ss_new_sd_model_hash": base_digest,
+            "ss_seed": str(config.seed),
+        },
+    )
 
 
 def save_lora(
     path: Path,
     tensors: Mapping[str, Mapping[str, np.ndarray]],
     config: RunConfig,
+    name: str,
     model: ModelConfig,
     base_digest: str,
 ) -> None:
     """Write the trained matrices, by network and parameter name, as a kohya safetensors file."""
     alpha = config.lora.scale * config.lora.rank
     found = {network: adapters(arrays, alpha) for network, arrays in tensors.items()}
-    kohya.write(path, found, lora_metadata(config, model, base_digest))
+    metadata = lora_metadata(found, config, name, model, base_digest)
+    lora_files.write_kohya(path, found, metadata)
 
 
 def save_base(folder: Path, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Write whole networks in float16 in the diffusers layout."""
     for network, arrays in tensors.items():
         halves = {name: array.astype(np.float16) for name, array in arrays.items()}
-        files.dump(folder / base.NETWORK_FILES[network][0], halves, {"format": "pt"})
+        files.dump(folder / NETWORK_FILES[network], halves, {"format": "pt"})

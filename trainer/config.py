@@ -25,11 +25,16 @@ class _Strict(BaseModel):
 class BaseModelConfig(_Strict):
     """The model that is fine-tuned."""
 
-    model: str
-    """A name in configs/models (sd15, sd20, sd21, sd21-v, emoji) or the path of a YAML file."""
+    model: str | None = None
+    """A name in configs/models (sd15, sd15-v, sd20, sd21, sd21-v, emoji) or the path of a YAML
+    file; default: recognised from the weights."""
 
     weights: str
-    """A folder in the diffusers layout: unet/, vae/ and text_encoder/ with .safetensors files."""
+    """A diffusers folder, an original Stable Diffusion .safetensors file, or a MindSpore .ckpt with
+    MindONE's names."""
+
+    allow_nan: bool = False
+    """Take weights that hold NaN or infinity."""
 
     initialise: tuple[Literal["unet", "text_encoder"], ...] = ()
     """Networks that begin with random weights instead; only with `train: all`."""
@@ -166,8 +171,8 @@ class RunConfig(_Strict):
             raise ValueError(
                 "give either `epochs` or `images`, and not both; --set epochs=null takes one away"
             )
-        if self.base.initialise and self.train != "all":
-            raise ValueError("`base.initialise` needs `train: all`")
+        if self.base.initialise and (self.train != "all" or self.base.model is None):
+            raise ValueError("`base.initialise` needs `train: all` and `base.model`")
         return self
 
 

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffusion.config import load_model_config
+from diffusion.config import ModelConfig, recognise
 from trainer.config import ConfigError, RunConfig
 from trainer.images import DataError, Example, find_examples, read_image
-from weights import base, files
-from weights.files import WeightsError
+from weights import files
+from weights.base import Base, combined_digest, open_base
 from weights.lora import adapter_size, check_rank, target_modules
+from weights.structure import NETWORKS
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Plan:
 
     name: str
     model: str
+    base: str
+    """What the weights were found to be."""
+    base_digest: str
+    """sha256 of the base's files."""
     train: str
     device_target: str
     devices: int
@@ -85,8 +90,8 @@ def data_digest(examples: list[Example]) -> str:
     return digest.hexdigest()
 
 
-def trained_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all trained tensors of a LoRA run, from the headers of the base's files.
+def trained_shapes(config: RunConfig, base: Base) -> dict[str, tuple[int, ...]]:
+    """Shapes of all adapted weights of a LoRA run.
 
     Raises WeightsError if the rank is larger than a layer.
     """
@@ -95,7 +100,7 @@ def trained_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
         networks["text_encoder"] = "text_encoder"
     found = {}
     for network, targets in networks.items():
-        shapes = files.shapes(base.network_file(config.base.weights, network))
+        shapes = base.networks[network].shapes
         for module in target_modules(shapes, targets):
             shape = shapes[f"{module}.weight"]
             check_rank(module, shape, config.lora.rank)
@@ -108,19 +113,22 @@ def make_plan(config: RunConfig, devices: int, device_target: str = "CPU") -> Pl
 
     Raises ConfigError, ModelConfigError, DataError or WeightsError, each one sentence.
     """
-    load_model_config(config.base.model)
+    base = open_run_base(config)
+    model, _ = run_model(config, base)
     examples, held_out = training_examples(config), validation_examples(config)
     micro, accumulation = batch_split(config.global_batch, devices, config.micro_batch)
     wanted = config.images or (config.epochs or 0) * len(examples)
     steps = max(1, math.ceil(wanted / config.global_batch))
     if config.train == "lora":
-        shapes = trained_shapes(config).values()
+        shapes = trained_shapes(config, base).values()
         parameters = sum(adapter_size(shape, config.lora.rank) for shape in shapes)
     else:
         parameters = None
     return Plan(
         name=config.name,
-        model=config.base.model,
+        model=model,
+        base=describe_base(base),
+        base_digest=combined_digest(base.digests()),
         train=config.train,
         device_target=device_target,
         devices=devices,
@@ -138,41 +146,30 @@ def make_plan(config: RunConfig, devices: int, device_target: str = "CPU") -> Pl
     )
 
 
-def loaded_networks(config: RunConfig) -> tuple[str, ...]:
-    """The networks whose weights come from files."""
-    return tuple(name for name in base.NETWORK_FILES if name not in config.base.initialise)
+def open_run_base(config: RunConfig) -> Base:
+    """The base of a run, without the networks that begin with random weights.
 
-
-def check_base(config: RunConfig) -> dict[str, str]:
-    """sha256 of each weight file of the base.
-
-    Raises WeightsError if a file is missing or altered, or is another model's than `base.model`.
+    Raises WeightsError as `weights.base.open_base` does.
     """
-    digests = base.digests(config.base.weights, loaded_networks(config))
-    for network, (name, expected) in _telling_shapes(config).items():
-        if network in loaded_networks(config):
-            path = base.network_file(config.base.weights, network)
-            found = files.shapes(path).get(name)
-            if found != expected:
-                raise WeightsError(
-                    f"{path}: expected {name} of {expected} as in {config.base.model}, found "
-                    f"{found or 'none'}; check that base.model fits base.weights"
-                )
-    return digests
+    loaded = [name for name in NETWORKS if name not in config.base.initialise]
+    return open_base(config.base.weights, loaded)
 
 
-def _telling_shapes(config: RunConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """One tensor of each network whose shape tells the models apart."""
-    model = load_model_config(config.base.model)
-    unet, vae, text = model.unet, model.vae, model.text_encoder
-    return {
-        "unet": ("conv_in.weight", (unet.block_out_channels[0], unet.in_channels, 3, 3)),
-        "vae": ("encoder.conv_in.weight", (vae.block_out_channels[0], 3, 3, 3)),
-        "text_encoder": (
-            "text_model.embeddings.token_embedding.weight",
-            (text.vocab_size, text.hidden_size),
-        ),
-    }
+def run_model(config: RunConfig, base: Base) -> tuple[str, ModelConfig]:
+    """Name and config of the model that the run fine-tunes, recognised if it is not given.
+
+    Raises ModelConfigError.
+    """
+    return recognise(base, config.base.model)
+
+
+def describe_base(base: Base) -> str:
+    """What was found, in words: "diffusers folder, Stable Diffusion 1.x, float16"."""
+    family = base.family if "unet" in base.networks else "without a UNet"
+    words = [base.layout, family, "/".join(base.dtypes)]
+    if base.prediction is not None:
+        words.append(f"{base.prediction.type} by {base.prediction.source}")
+    return ", ".join(words)
 
 
 def check_images(config: RunConfig) -> None:

@@ -32,13 +32,12 @@ from trainer.images import DataError
 from trainer.optimizer import FlatAdamW, learning_rate
 from trainer.plan import (
     Plan,
-    check_base,
     data_digest,
+    open_run_base,
     training_examples,
     validation_examples,
 )
 from trainer.step import DiffusionLoss, TrainStep
-from weights.base import combined_digest
 
 LOG_SECONDS = 0.5
 
@@ -51,13 +50,13 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
     """The whole run of one rank, from the base's weights to the artifact."""
     started = time.monotonic()
     events.phase("loading base")
-    model = load_model_config(config.base.model)
-    base_digests = check_base(config)
+    model = load_model_config(plan.model)
+    base = open_run_base(config)
     ms.set_seed(config.seed)
     unet, vae, text_encoder = (
         models.build(model, network)
         if network in config.base.initialise
-        else models.load(model, config.base.weights, network)
+        else models.load(model, base, network, config.base.allow_nan)
         for network in ("unet", "vae", "text_encoder")
     )
     trained = _trained(config, plan, unet, text_encoder)
@@ -116,7 +115,7 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
         tensors = _arrays(trained, optimizer, averaged=options.ema_decay > 0)
         if config.train == "lora":
             path = attempt / "lora.safetensors"
-            artifact.save_lora(path, tensors, config, model, combined_digest(base_digests))
+            artifact.save_lora(path, tensors, config, plan.model, model, plan.base_digest)
         else:
             artifact.save_base(attempt / "base", tensors)
 
@@ -189,7 +188,7 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
             "trained_parameters": optimizer.size,
             "synced_bytes": step.synced_bytes if group.world_size > 1 else 0,
             "rank_digests": [bytes(row.astype(np.uint8)).hex() for row in rank_digests],
-            "base_digest": combined_digest(base_digests),
+            "base_digest": plan.base_digest,
             "data_digest": data_digest(training_examples(config)),
             "seconds": {
                 "training": training_seconds,

@@ -90,11 +90,11 @@ def pack(vae: Path, trained: Path, out: Path) -> None:
     """Copy autoencoder, UNet and text encoder into one folder, with configs and checksums."""
     sources = {"vae": vae, "unet": trained, "text_encoder": trained}
     for network, config in diffusers_configs(load_model_config("emoji")).items():
-        name = NETWORK_FILES[network][0]
+        name = NETWORK_FILES[network]
         files.dump(out / name, files.load(sources[network] / name), {"format": "pt"})
         text = json.dumps(config, indent=2) + "\n"
         (out / network / "config.json").write_text(text, encoding="utf-8")
-    names = sorted(names[0] for names in NETWORK_FILES.values())
+    names = sorted(NETWORK_FILES.values())
     sums = "".join(f"{files.sha256(out / name)}  {name}\n" for name in names)
     (out / CHECKSUMS).write_text(sums, encoding="utf-8")
 
@@ -112,7 +112,7 @@ def main(build: Path, out: Path) -> None:
     images, vae = build / "emoji", build / "base"
     if not (images / "base" / "metadata.jsonl").is_file():
         run("assets.recipe.images", str(images))
-    if not (vae / NETWORK_FILES["vae"][0]).is_file():
+    if not (vae / NETWORK_FILES["vae"]).is_file():
         folders = [part for style in STYLES for part in ("--images", str(images / style))]
         set_scaling_factor(float(run("trainer.autoencoder", *folders, str(vae))))
     printed = run("launcher.cli", "--devices", "1", "--json", "configs/runs/emoji-base.yaml")

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from safetensors.numpy import save_file
 
-_MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+ROOT = Path(__file__).parents[2]
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -21,18 +20,9 @@ def write_images(folder: Path, count: int) -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
-    """A config, as plain values, that trains on a tiny base and four images."""
+    """A config, as plain values, that trains on a copy of the small base and four images."""
     base = tmp_path / "base"
-    # What tells the model apart, and in each file one module that a LoRA can adapt.
-    for file, name, shape in (
-        ("unet/diffusion_pytorch_model", "conv_in", (64, 4, 3, 3)),
-        ("vae/diffusion_pytorch_model", "encoder.conv_in", (16, 3, 3, 3)),
-        ("text_encoder/model", "text_model.embeddings.token_embedding", (49408, 64)),
-    ):
-        path = base / f"{file}.safetensors"
-        path.parent.mkdir(parents=True)
-        shapes = {name: shape, _MODULE: (8, 8)}
-        save_file({f"{n}.weight": np.zeros(s, np.float16) for n, s in shapes.items()}, path)
+    shutil.copytree(ROOT / "assets" / "emoji-base", base)
     write_images(tmp_path / "train", 4)
     write_images(tmp_path / "validation", 2)
     return {

@@ -43,10 +43,10 @@ def refused(folder: Path, *arguments: object) -> str:
     [
         (["--set", "lora.rnk=8"], "unknown key `lora.rnk`; did you mean `rank`?"),
         (["--set", "lora.rank"], "expected key=value"),
-        (["--set", "lora.rank=9"], "lora.rank is 9, but down_blocks.0"),
+        (["--set", "lora.rank=65"], "lora.rank is 65, but down_blocks.1"),
         (["--set", "global_batch=5", "--devices", "2"], "does not divide among 2 devices"),
         (["--set", "base.model=sd9"], "model 'sd9' is not known"),
-        (["--set", "base.weights=nowhere"], "there is no such base model folder"),
+        (["--set", "base.weights=nowhere"], "there is no such base model"),
         (["--set", "data.train=nowhere"], "there is no such data folder"),
         (["--set", "registry=s3://bucket/loras"], "s3://bucket/loras"),
         (["--set", "train=all"], "registry: expected null with `train: all`"),
@@ -182,7 +182,7 @@ def test_dry_run_prints_and_writes_nothing(config: Path) -> None:
     assert "MS_CPU_COMM_OP_TIMEOUT" in result.stdout
     for words in (
         "emoji, ",
-        "LoRA of rank 2 on the UNet's attention: 32 parameters",
+        "LoRA of rank 2 on the UNet's attention: 15,360 parameters",
         "nothing, there is one device",
         "4, seen 10 times: 40 samples",
         "2 held-out images",

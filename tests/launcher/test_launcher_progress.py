@@ -78,4 +78,4 @@ def test_plan_in_words(job: Job) -> None:
     plan = dataclasses.replace(job.plan, devices=2, accumulation=3)
     text = plan_text(dataclasses.replace(job, plan=plan))
     assert "2 devices × 4 images × 3 accumulation" in text
-    assert "132 bytes each step" in text
+    assert "61,444 bytes each step" in text

@@ -109,7 +109,7 @@ def test_success_is_published_with_scores_and_lineage(
 
     for words in (
         "4 = 2 devices × 2 images × 1 accumulation",
-        "132 bytes each step",
+        "61,444 bytes each step",
         "step 10 of 10: loss 0.1000, 20 images/s",
         "0.5000 → 0.4000 (-20.0%)",
         "equal on all 2 ranks",

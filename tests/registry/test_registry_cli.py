@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_help_has_an_example(command: str | None) -> None:
     words = [command] if command else []
     result = CliRunner().invoke(main, [*words, "--help"])
     assert result.exit_code == 0
-    examples = result.stdout.partition("Example:")[2].strip().splitlines()
+    examples = re.split("Examples?:", result.stdout)[1].strip().splitlines()
     assert any(line.strip().startswith(" ".join(["lora-registry", *words])) for line in examples)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from diffusion.config import ModelConfigError
 from trainer.config import ConfigError, RunConfig, load_config
-from trainer.plan import batch_split, check_base, make_plan
-from weights import base, files
+from trainer.plan import batch_split, make_plan, open_run_base
+from weights.base import NETWORK_FILES, combined_digest
 from weights.files import WeightsError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -41,29 +44,16 @@ def test_a_batch_that_does_not_divide_names_what_would() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """Five images, and a base with one attention of 8 × 8."""
+    """Five images, and a copy of the small base."""
     images = tmp_path / "images"
     images.mkdir()
     for number in range(5):
         Image.new("RGB", (8, 8)).save(images / f"{number}.png")
         (images / f"{number}.txt").write_text("x")
-    weight = np.zeros((8, 8), np.float16)
-    tensors = {
-        "unet": {
-            "conv_in.weight": np.zeros((64, 4, 3, 3), np.float16),
-            "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight": weight,
-        },
-        "vae": {"encoder.conv_in.weight": np.zeros((16, 3, 3, 3), np.float16)},
-        "text_encoder": {
-            "text_model.embeddings.token_embedding.weight": np.zeros((49408, 64), np.float16),
-            "text_model.encoder.layers.0.self_attn.q_proj.weight": weight,
-        },
-    }
-    for network, arrays in tensors.items():
-        files.dump(tmp_path / "base" / base.NETWORK_FILES[network][0], arrays)
+    shutil.copytree(ROOT / "assets" / "emoji-base", tmp_path / "base")
     values = {
         "name": "x",
-        "base": {"model": "emoji", "weights": str(tmp_path / "base")},
+        "base": {"weights": str(tmp_path / "base")},
         "data": {"train": str(images)},
         "epochs": 3,
         "global_batch": 4,
@@ -86,45 +76,55 @@ def test_the_length_is_a_whole_number_of_batches(config: RunConfig) -> None:
 
 
 def test_the_size_of_the_lora_is_known_before_a_network_is_built(config: RunConfig) -> None:
-    assert make_plan(config, 1).trained_parameters == 4 * (8 + 8)
+    """Four attentions of 128 that look at themselves and at a text of 64; three layers of text."""
+    attention = 4 * (8 * (128 + 128) - 2 * (128 - 64))
+    assert make_plan(config, 1).trained_parameters == 4 * attention
     both = changed(config, lora={"text_encoder": True, "rank": 2})
+    text = 3 * (4 * (64 + 64) + 2 * (64 + 256))
     plan = make_plan(both, 1)
-    assert plan.trained_parameters == 2 * 2 * (8 + 8)
+    assert plan.trained_parameters == 2 * (attention + text)
     assert plan.synced_bytes == 4 * (plan.trained_parameters + 1)
 
 
 def test_a_rank_larger_than_the_layer_is_refused(config: RunConfig) -> None:
-    with pytest.raises(WeightsError, match=r"lora\.rank is 9, but .*to_q is only 8 × 8; use 8"):
-        make_plan(changed(config, lora={"rank": 9}), 1)
+    with pytest.raises(
+        WeightsError, match=r"lora\.rank is 65, but .*to_k is only 128 × 64; use 64"
+    ):
+        make_plan(changed(config, lora={"rank": 65}), 1)
+
+
+def test_the_model_is_recognised(config: RunConfig) -> None:
+    plan = make_plan(config, 1)
+    assert (plan.model, plan.base) == (
+        "emoji",
+        "diffusers folder, Stable Diffusion of another size, float16",
+    )
 
 
 def test_a_truncated_base_is_refused(config: RunConfig) -> None:
-    file = base.network_file(config.base.weights, "vae")
+    file = Path(config.base.weights, NETWORK_FILES["vae"])
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(WeightsError, match="damaged or truncated"):
-        check_base(config)
+        make_plan(config, 1)
 
 
 def test_an_altered_base_is_refused(config: RunConfig) -> None:
     folder = Path(config.base.weights)
-    found = check_base(config)
-    sums = "".join(f"{digest}  {name}\n" for name, digest in found.items())
-    (folder / "SHA256SUMS").write_text(sums)
-    assert check_base(config) == found
-    file = base.network_file(folder, "unet")
+    assert make_plan(config, 1).base_digest == combined_digest(open_run_base(config).digests())
+    file = folder / NETWORK_FILES["unet"]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(WeightsError, match="the file was altered, restore it"):
-        check_base(config)
+        make_plan(config, 1)
 
 
 def test_a_missing_network_is_named(config: RunConfig) -> None:
-    base.network_file(config.base.weights, "text_encoder").unlink()
+    Path(config.base.weights, NETWORK_FILES["text_encoder"]).unlink()
     with pytest.raises(WeightsError, match="expected text_encoder/model"):
-        check_base(config)
+        make_plan(config, 1)
 
 
 def test_the_weights_of_another_model_are_refused(config: RunConfig) -> None:
-    with pytest.raises(WeightsError, match=r"\(320, 4, 3, 3\) as in sd15, found \(64, 4, 3, 3\)"):
-        check_base(changed(config, base={"model": "sd15"}))
+    with pytest.raises(ModelConfigError, match=r"unet has block_out_channels \(64, 128, 128\)"):
+        make_plan(changed(config, base={"model": "sd15"}), 1)
