@@ -11,13 +11,14 @@ SHEET := demo/contact-sheet.png
 DRAWN := penguin hamster birthday-cake bus taco violin crying-face nerd-face
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow parity lint format lock clean
+.PHONY: help demo test test-slow full-size parity lint format lock clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train a LoRA on two processes, publish it, draw with it"
 	@echo "make test       lint, types and the fast tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make full-size  SD 1.5 and 2.1 at full size, random weights (16 GB memory, 20 GB disk)"
 	@echo "make parity     compare with PyTorch, diffusers and PEFT (Python 3.11 or 3.12)"
 	@echo "make lint       ruff and mypy;  make format  put the code in shape"
 	@echo "make lock       pin the dependencies of pyproject.toml anew (needs uv)"
@@ -52,7 +53,10 @@ test: lint
 	@$(BIN)/pytest
 
 test-slow: $(INSTALLED)
-	@$(BIN)/pytest -m "slow and not parity" --timeout 3600
+	@$(BIN)/pytest -m "slow and not parity" --timeout 3600 --ignore tests/full_size
+
+full-size: $(INSTALLED)
+	@$(BIN)/pytest -m slow -s tests/full_size
 
 parity: $(PARITY)
 	@$(BIN)/pytest -m parity --timeout 3600

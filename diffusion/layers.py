@@ -26,12 +26,13 @@ class Linear(nn.Cell):
             bound = 1 / math.sqrt(in_features)
             self.bias = Parameter(initializer(Uniform(bound), (out_features,)))
         self.matmul = ops.MatMul(transpose_b=True)
+        self.bias_add = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
         shape = x.shape
         y = self.matmul(x.reshape(-1, self.in_features), self.weight)
         if self.bias is not None:
-            y = y + self.bias
+            y = self.bias_add(y, self.bias)
         return y.reshape(shape[:-1] + (self.out_features,))
 
 
@@ -87,29 +88,44 @@ class LayerNorm(nn.Cell):
         return self.norm(x, self.weight, self.bias)[0]
 
 
-class _Normalize(nn.Cell):
-    """(rows, n) → zero mean and unit variance per row.
+_LONG = 4096
 
-    Means are products with a constant vector: a reduction over the last axis costs several
-    times as much on CPU.
+
+def row_means(x: Tensor, height: int, width: int) -> Tensor:
+    """(rows, a multiple of height · width) → (rows,).
+
+    As products with constant vectors: a reduction over the last axis costs several times as much
+    on CPU. Long rows in two stages, because a matrix product packs its second factor.
     """
+    rows, n = x.shape
+    part = height * width
+    if part > _LONG:
+        part = width
+    if n <= _LONG:
+        part = n
+    means = ops.matmul(x.reshape(-1, part), ops.fill(x.dtype, (part, 1), 1.0 / part))
+    if part < n:
+        parts = n // part
+        means = ops.matmul(means.reshape(rows, parts), ops.fill(x.dtype, (parts, 1), 1.0 / parts))
+    return means.reshape(-1)
 
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
 
-    def construct(self, x: Tensor) -> Tensor:
-        average = ops.fill(x.dtype, (x.shape[1], 1), 1.0 / x.shape[1])
-        centred = x - ops.matmul(x, average)
-        variance = ops.matmul(centred * centred, average)
-        return centred * ops.rsqrt(variance + self.eps)
+_EPS = 1e-5
+_ONES, _ZEROS = ops.OnesLike(), ops.ZerosLike()
+_BATCH_NORM = ops.BatchNorm(is_training=False, epsilon=_EPS)
 
-    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        average = ops.fill(x.dtype, (x.shape[1], 1), 1.0 / x.shape[1])
-        centred = x - ops.matmul(x, average)
-        inverse_std = ops.rsqrt(ops.matmul(centred * centred, average) + self.eps)
-        dx = dout - ops.matmul(dout, average) - out * ops.matmul(dout * out, average)
-        return (dx * inverse_std,)
+
+def row_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(rows, n), (rows,), (rows,) → x · scale + shift, row by row.
+
+    As an inferring BatchNorm whose channels are the rows. On CPU a product whose factors differ in
+    shape keeps two index tables of 16 bytes for each element, for as long as the graph lives: at
+    the size of Stable Diffusion tens of gigabytes.
+    """
+    rows, n = x.shape
+    mean = _ZEROS(shift)
+    variance = _ONES(scale) - _EPS
+    return _BATCH_NORM(x.reshape(1, rows, n, 1), scale, shift, mean, variance)[0].reshape(rows, n)
 
 
 class GroupNorm(nn.Cell):
@@ -117,16 +133,82 @@ class GroupNorm(nn.Cell):
 
     def __init__(self, groups: int, channels: int, eps: float):
         super().__init__()
-        self.groups = groups
         self.weight = Parameter(initializer("ones", (channels,)))
         self.bias = Parameter(initializer("zeros", (channels,)))
-        self.normalize = _Normalize(eps)
+        self.normalize = _GroupNorm(groups, eps)
 
     def construct(self, x: Tensor) -> Tensor:
+        return self.normalize(x, self.weight, self.bias)
+
+
+class _GroupNorm(nn.Cell):
+    """The function of x, weight and bias, with a backward pass that computes x's part again."""
+
+    def __init__(self, groups: int, eps: float):
+        super().__init__()
+        self.groups = groups
+        self.eps = eps
+
+    def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x less its group's mean, (batch · groups, n), and the inverse deviation of each group."""
+        rows = x.reshape(x.shape[0] * self.groups, -1)
+        mean = row_means(rows, x.shape[2], x.shape[3])
+        centred = row_affine(rows, _ONES(mean), -mean)
+        variance = row_means(centred * centred, x.shape[2], x.shape[3])
+        return centred, ops.rsqrt(variance + self.eps)
+
+    def of_channels(self, per_group: Tensor, weight: Tensor) -> Tensor:
+        """(batch · groups,) → (batch, groups, channels of a group), times the weight."""
+        shape = (-1, self.groups, 1)
+        return per_group.reshape(shape) * weight.reshape(1, self.groups, -1)
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        rows = x.reshape(batch * self.groups, -1)
-        y = self.normalize(rows).reshape(batch, channels, height, width)
-        return y * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)
+        centred, inverse = self.centred(x)
+        scale = self.of_channels(inverse, weight).reshape(-1)
+        shift = ops.tile(bias, (batch,))
+        y = row_affine(centred.reshape(batch * channels, height * width), scale, shift)
+        return y.reshape(batch, channels, height, width)
+
+    def bprop(
+        self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, channels, height, width = x.shape
+        rows, pixels = batch * channels, height * width
+        centred, inverse = self.centred(x)
+        centred = centred.reshape(rows, pixels)
+        dout = dout.reshape(rows, pixels)
+        grouped = (batch * self.groups, -1)
+        ones = _ONES(weight)
+        of_rows = self.of_channels(inverse, ones).reshape(-1)
+        # Means over the pixels of a channel: of dout, and of dout times the normalised x.
+        plain = row_means(dout, height, width)
+        along = row_means(dout * centred, height, width) * of_rows
+        scaled = self.of_channels(_ONES(inverse), weight).reshape(-1)
+        size = channels // self.groups
+        mean_plain = (plain * scaled).reshape(grouped).sum(1) / size
+        mean_along = (along * scaled).reshape(grouped).sum(1) / size
+        shift = self.of_channels(-inverse * mean_plain, ones).reshape(-1)
+        back = self.of_channels(inverse * inverse * mean_along, ones).reshape(-1)
+        dx = row_affine(dout, of_rows * scaled, shift)
+        dx = dx - row_affine(centred, back, _ZEROS(back))
+        dweight = along.reshape(batch, channels).sum(0) * pixels
+        dbias = plain.reshape(batch, channels).sum(0) * pixels
+        return dx.reshape(x.shape), dweight, dbias
+
+
+class AddToChannels(nn.Cell):
+    """(batch, channels, height, width) + (batch, channels)."""
+
+    def construct(self, x: Tensor, addend: Tensor) -> Tensor:
+        rows = x.reshape(x.shape[0] * x.shape[1], -1)
+        addend = addend.reshape(-1)
+        return row_affine(rows, _ONES(addend), addend).reshape(x.shape)
+
+    def bprop(self, x: Tensor, addend: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        rows = dout.reshape(x.shape[0] * x.shape[1], -1)
+        means = row_means(rows, x.shape[2], x.shape[3])
+        return dout, (means * rows.shape[1]).reshape(addend.shape)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -173,7 +255,7 @@ class ScaledDotProduct(nn.Cell):
     """softmax(q kᵀ / √d) v on (batch·heads, tokens, d); `causal` hides later tokens.
 
     The backward pass computes the probabilities again instead of keeping them, and uses
-    dS = P · (dP − Σ out·dout).
+    dS = P · (dP − Σ out·dout), with the sum as one more column of the product that gives dP.
     """
 
     def __init__(self, head_width: int, causal: bool = False):
@@ -200,8 +282,9 @@ class ScaledDotProduct(nn.Cell):
     ) -> tuple[Tensor, Tensor, Tensor]:
         p = self.probabilities(q, k)
         dv = self.product_transposed(p, dout)
-        dp = self.scores(dout, v)
-        ds = p * (dp - (out * dout).sum(-1, keepdims=True)) * self.scale
+        with_sum = ops.concat((dout, -(out * dout).sum(-1, keepdims=True)), -1)
+        with_one = ops.concat((v, _ONES(v[:, :, :1])), -1)
+        ds = p * self.scores(with_sum, with_one) * self.scale
         return self.product(ds, k), self.product_transposed(ds, q), dv
 
 
@@ -247,6 +330,7 @@ def count_parameters(network: nn.Cell) -> int:
 
 
 __all__ = [
+    "AddToChannels",
     "Conv2d",
     "Embedding",
     "GELU",

@@ -35,13 +35,14 @@ class LoRALinear(nn.Cell):
         self.bias = layer.bias
         self.lora_down = Linear(layer.in_features, rank, bias=False)
         self.lora_up = Linear(rank, layer.out_features, bias=False)
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.matmul = layer.matmul
+        self.bias_add = layer.bias_add
 
     def construct(self, x: Tensor) -> Tensor:
         shape = x.shape
         y = self.matmul(x.reshape(-1, self.in_features), self.weight)
         if self.bias is not None:
-            y = y + self.bias
+            y = self.bias_add(y, self.bias)
         low = self.lora_down(x)
         if self.mask is not None and self.training:
             low = low * self.mask.expand_dims(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn
 
-from diffusion.layers import Conv2d, GroupNorm, Linear, silu, upsample_nearest
+from diffusion.layers import AddToChannels, Conv2d, GroupNorm, Linear, silu, upsample_nearest
 
 
 class ResnetBlock(nn.Cell):
@@ -27,6 +27,7 @@ class ResnetBlock(nn.Cell):
         self.time_emb_proj = None
         if time_channels is not None:
             self.time_emb_proj = Linear(time_channels, out_channels)
+            self.add_time = AddToChannels()
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None
@@ -36,7 +37,7 @@ class ResnetBlock(nn.Cell):
     def construct(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         hidden = self.conv1(silu(self.norm1(x)))
         if self.time_emb_proj is not None:
-            hidden = hidden + self.time_emb_proj(silu(time)).expand_dims(-1).expand_dims(-1)
+            hidden = self.add_time(hidden, self.time_emb_proj(silu(time)))
         hidden = self.conv2(silu(self.norm2(hidden)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -148,7 +149,8 @@ def _adapter(file: TensorFile, module: str, found: _Parts, configured: float | N
         )
     down, up = found.down, found.up
     thin = up.ndim == 2 or (up.ndim == 4 and up.shape[2:] == (1, 1))
-    if down.ndim not in (2, 4) or not thin or up.shape[1] != down.shape[0] or not down.size:
+    fitting = down.ndim in (2, 4) and thin and up.shape[1] == down.shape[0]
+    if not fitting or not down.size or not up.size:
         raise WeightsError(
             f"{file.path}: the matrices of {module} are {down.shape} and {up.shape}, expected "
             "(rank, in) and (out, rank); the file is damaged or no LoRA"
@@ -204,7 +206,9 @@ def _alphas_from_metadata(file: TensorFile) -> dict[str, float]:
                         alpha = value
                 if alpha is not None:
                     found[name] = float(alpha)
-    except (ValueError, TypeError, AttributeError) as error:
+                    if not math.isfinite(found[name]):
+                        raise ValueError(f"the alpha of {name} is {alpha}")
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise WeightsError(
             f"{file.path}: its lora_adapter_metadata is not what diffusers writes ({error}); "
             "save the LoRA again"
@@ -273,14 +277,14 @@ def write_diffusers(
         config |= {
             f"{network}.r": most.rank,
             f"{network}.lora_alpha": most.alpha,
-            f"{network}.target_modules": sorted(modules),
+            f"{network}.target_modules": sorted(map(_peft_name, modules)),
             f"{network}.rank_pattern": {
-                module: adapter.rank
+                _peft_name(module): adapter.rank
                 for module, adapter in modules.items()
                 if adapter.rank != most.rank
             },
             f"{network}.alpha_pattern": {
-                module: adapter.alpha
+                _peft_name(module): adapter.alpha
                 for module, adapter in modules.items()
                 if adapter.alpha != most.alpha
             },
@@ -294,6 +298,11 @@ def write_diffusers(
         "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True),
     }
     files.dump(path, tensors, header)
+
+
+def _peft_name(module: str) -> str:
+    """The end of a module's path that PEFT looks for; transformers 5 has no `text_model.`."""
+    return module.removeprefix("text_model.")
 
 
 _MINDONE_ATTENTION = re.compile(r".*\.attn[12]\.to_(q|k|v|out\.0)")
@@ -314,7 +323,7 @@ def write_mindone(path: str | Path, adapters: Adapters, dtype: type = np.float32
                 fused.setdefault(match[1], {})[match[2]] = adapter
             elif _MINDONE_ATTENTION.fullmatch(module) or module.endswith(".out_proj"):
                 up = adapter.up * np.float32(adapter.scale)
-                folded[_mindone_name(network, module)] = (
+                folded[_mindone_name(path, network, module)] = (
                     up.reshape(len(up), -1), adapter.down.reshape(adapter.rank, -1)
                 )  # fmt: skip
             else:
@@ -323,7 +332,7 @@ def write_mindone(path: str | Path, adapters: Adapters, dtype: type = np.float32
                     "well; write it as kohya or diffusers"
                 )
     for attention, parts in fused.items():
-        name = _mindone_name("text_encoder", f"{attention}.q_proj")
+        name = _mindone_name(path, "text_encoder", f"{attention}.q_proj")
         folded[name] = _fuse(f"{path}: {attention}", parts)
     rank = max(down.shape[0] for _, down in folded.values())
     tensors: dict[str, np.ndarray] = {}
@@ -356,10 +365,14 @@ def _fuse(where: str, parts: Mapping[str, Adapter]) -> tuple[np.ndarray, np.ndar
     return up, down
 
 
-def _mindone_name(network: str, module: str) -> str:
+def _mindone_name(path: str | Path, network: str, module: str) -> str:
     """Path of a module, or of the fused one that holds it, in MindONE's networks."""
     if network == "unet":
         original = names.translate(module, names.unet_modules())
+        if original is None:
+            raise WeightsError(
+                f"{path}: MindONE's UNet has no {module}; write it as kohya or diffusers"
+            )
         return f"model.diffusion_model.{original}"
     inside = names.to_openclip(f"{module}.weight")
     name = names.to_mindone(f"cond_stage_model.transformer.{inside}")
