@@ -5,6 +5,8 @@ An operand is a path, or NAME@VERSION of the registry; what a file is, is found 
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ def resolve(text: str, location: str | None) -> Operand:
     Raises RegistryError if there is neither.
     """
     path = Path(text)
-    if path.exists():
+    if os.path.exists(path):  # unlike Path's, it takes a name of any length
         return Operand(path, path.name)
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*(@[A-Za-z0-9._:-]+)?", text):
         raise RegistryError(f"there is no file {text}; check the path")
@@ -55,15 +57,18 @@ def resolve(text: str, location: str | None) -> Operand:
 def weighted(text: str) -> tuple[str, float]:
     """`style@3:0.7` → ("style@3", 0.7); without a weight it is 1."""
     head, colon, tail = text.rpartition(":")
-    if colon and not Path(text).exists():
-        try:
-            return head, float(tail)
-        except ValueError:
-            raise RegistryError(
-                f"{text}: expected LORA or LORA:WEIGHT, such as style@3:0.7, found {tail!r} as "
-                "the weight; correct it"
-            ) from None
-    return text, 1.0
+    if not colon or os.path.exists(text):
+        return text, 1.0
+    try:
+        weight = float(tail)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise RegistryError(
+            f"{text}: expected LORA or LORA:WEIGHT, such as style@3:0.7, found {tail!r} as the "
+            "weight; correct it"
+        )
+    return head, weight
 
 
 def is_lora(path: Path) -> bool:
@@ -85,7 +90,7 @@ def is_lora(path: Path) -> bool:
 
 def check_new(out: Path, overwrite: bool) -> None:
     """Raise RegistryError if `out` exists and may not be replaced."""
-    if out.exists() and not overwrite:
+    if os.path.exists(out) and not overwrite:
         raise RegistryError(f"{out}: it exists; choose another --out or add --overwrite")
 
 
@@ -100,8 +105,6 @@ def describe(operand: Operand, ignore_unknown: bool = True) -> dict[str, Any]:
 
 
 def _describe_base(base: Base) -> dict[str, Any]:
-    import math
-
     prediction = base.prediction
     return {
         "kind": "base model",

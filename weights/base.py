@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ _FOREIGN = (
     (r"(model\.diffusion_model\.)?(double_blocks|single_transformer_blocks)\.", "Flux"),
     (r"transformer_blocks\.\d+\.attn\.add_[kqv]_proj\.", "Stable Diffusion 3 or Flux"),
     (r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.", "ControlNet"),
-    (r".*\.lora_(down|up|A|B)\.|.*_lora\.(down|up)\.|lora_(unet|te)", "LoRA"),
+    (r".*\.lora_(down|up|A|B)\.|.*[._]lora(_linear_layer)?\.(down|up)\.|lora_(unet|te)", "LoRA"),
 )
 _FOREIGN_FOLDERS = {"text_encoder_2": "Stable Diffusion XL", "transformer": "transformer model"}
 
@@ -63,10 +64,15 @@ class Source:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        whole = self.file.entries[self.name].shape
+        whole = self.whole
         if self.piece is None or not whole:
             return whole
         return (whole[0] // self.piece[1], *whole[1:])
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the tensor in the file, fused or not."""
+        return self.file.entries[self.name].shape
 
     @property
     def dtype(self) -> str:
@@ -204,12 +210,12 @@ def open_base(path: str | Path, networks: Sequence[str] = NETWORKS, ema: bool = 
     is missing, does not fit or is not a number, or one inside a network is unknown.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = _open_folder(path, networks)
         if ema:
             raise WeightsError(f"{path}: a diffusers folder holds no EMA copy; leave --ema out")
         return found
-    if not path.exists():
+    if not os.path.exists(path):
         raise WeightsError(f"{path}: there is no such base model; check the path")
     return _open_file(path, networks, ema)
 
@@ -236,13 +242,18 @@ def _open_folder(folder: Path, networks: Sequence[str]) -> Base:
         tensors = [open_tensors(path) for path in _network_files(folder, network)]
         paths += (file.path for file in tensors)
         _refuse_foreign(tensors[0].path, (name for file in tensors for name in file.entries))
-        sources = {}
+        sources: dict[str, Source] = {}
         for file in tensors:
             for name in file.entries:
                 if _NOT_NEEDED.fullmatch(name):
                     not_needed.append(f"{network}/{name}")
-                else:
-                    sources[rename[network](name)] = Source(file, name)
+                    continue
+                if (current := rename[network](name)) in sources:
+                    raise WeightsError(
+                        f"{file.path}: {name} is there twice, also as {sources[current].name}; "
+                        "download the folder again"
+                    )
+                sources[current] = Source(file, name)
         opened[network] = _network(network, tensors[0].path, sources)
     return Base(
         folder,
@@ -286,7 +297,7 @@ def _shards(index: Path) -> list[Path]:
     try:
         named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         valid = [name for name in named if re.fullmatch(r"[\w-][\w.-]*\.safetensors", name)]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise WeightsError(
             f'{index}: expected {{"weight_map": {{tensor: file}}}}, found something else; '
             "download it again"
@@ -304,7 +315,7 @@ def _scheduler_prediction(folder: Path) -> Prediction | None:
     path = folder / "scheduler" / "scheduler_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     found = config.get("prediction_type", "epsilon") if isinstance(config, dict) else None
     if found not in ("epsilon", "v_prediction"):
@@ -362,11 +373,9 @@ def _unet_sources(
     file: TensorFile, original: Mapping[str, str], _: bool
 ) -> tuple[dict[str, Source], list[str]]:
     found = {n.removeprefix(_UNET): key for n, key in original.items() if n.startswith(_UNET)}
-    downs = sorted(
-        int(match[1]) for n in found if (match := re.match(r"input_blocks\.(\d+)\.0\.op\.", n))
-    )
-    downs = sorted(set(downs))
-    if not downs or downs[0] < 2:
+    matches = (re.match(r"input_blocks\.(\d{1,3})\.0\.op\.", n) for n in found)
+    downs = sorted({int(match[1]) for match in matches if match})
+    if not downs or downs[0] < 2 or max(downs[0], len(downs)) > structure.MOST:
         raise WeightsError(
             f"{file.path}: the UNet's input_blocks.N.0.op are not there; copy or download it again"
         )
@@ -389,7 +398,7 @@ def _vae_sources(
         for n in found
         if (match := re.match(r"encoder\.down\.(\d{1,3})\.block\.(\d{1,3})\.", n))
     }
-    if not blocks:
+    if not blocks or max(map(max, blocks)) >= structure.MOST:
         raise WeightsError(
             f"{file.path}: the VAE ({_VAE}encoder.down.…) is not there; name a file with UNet, "
             "VAE and text encoder"
@@ -411,7 +420,8 @@ def _text_sources(
     found = {n: key for n, key in found.items() if not _NOT_NEEDED.fullmatch(key)}
     if not openclip:
         return {names.current_text(n): Source(file, key) for n, key in found.items()}, []
-    layers = [int(m[1]) for n in found if (m := re.match(r"transformer\.resblocks\.(\d+)\.", n))]
+    layer = re.compile(r"transformer\.resblocks\.(\d{1,3})\.")
+    layers = [int(match[1]) for n in found if (match := layer.match(n))]
     whole = f"{prefix}logit_scale" in original or f"{prefix}text_projection" in original
     last = max(layers, default=0)
     dropped = last if whole or last == 23 else None
@@ -449,8 +459,9 @@ def _file_prediction(path: Path, metadata: Mapping[str, str]) -> Prediction | No
     beside = path.with_suffix(".yaml")
     try:
         params: Any = yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]["params"]
-        said = params.get("parameterization", "eps")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        said = str(params.get("parameterization", "eps"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+            yaml.YAMLError):  # fmt: skip
         return None
     kinds = {"eps": "epsilon", "v": "v_prediction", "velocity": "v_prediction"}
     return Prediction(kinds[said], beside.name) if said in kinds else None
@@ -491,9 +502,10 @@ def _network(network: str, path: Path, sources: Mapping[str, Source]) -> Network
         )
     for name, shape in shapes.items():
         source = sources[name]
-        if not _fits(source.shape, shape):
+        expected = (shape[0] * source.piece[1], *shape[1:]) if source.piece else shape
+        if not _fits(source.whole, expected):
             raise WeightsError(
-                f"{path}: {source.name} is {_by(source.shape)}, expected {_by(shape)} as in the "
+                f"{path}: {source.name} is {_by(source.whole)}, expected {_by(expected)} as in the "
                 f"rest of the {network}; the file is damaged or of another model"
             )
         if source.dtype not in FLOATS:

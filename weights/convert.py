@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from weights import checkpoint, files, names, structure
 from weights.base import NETWORK_FILES, Base
@@ -55,7 +56,10 @@ def write_base(
     path = Path(path)
     tensors = {network: _tensors(base, network, adapters, dtype, weight) for network in NETWORKS}
     if layout == "diffusers":
-        _write_folder(path, base, tensors)
+        try:
+            _write_folder(path, base, tensors)
+        except (OSError, SafetensorError) as error:
+            raise files.cannot_write(path, error) from error
     elif layout == "original":
         flat = _original(base, tensors)
         files.dump(path, flat, {"format": "pt", **_specification(base)})
@@ -89,7 +93,9 @@ def _write_folder(folder: Path, base: Base, tensors: Mapping[str, _Lazy]) -> Non
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
         part = Path(name) / folder.name
         for network in NETWORKS:
-            files.dump(part / NETWORK_FILES[network], tensors[network], {"format": "pt"})
+            file = part / NETWORK_FILES[network]
+            file.parent.mkdir(parents=True)
+            files.save(file, tensors[network], {"format": "pt"}, folder)
         if base.path.is_dir():
             _copy_the_rest(base.path, part)
         scheduler = part / "scheduler" / "scheduler_config.json"
@@ -97,6 +103,8 @@ def _write_folder(folder: Path, base: Base, tensors: Mapping[str, _Lazy]) -> Non
             scheduler.parent.mkdir()
             config = {"prediction_type": base.prediction.type}
             scheduler.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in part.rglob("*"):
+            files.settle(file)
         if folder.exists():
             folder.rename(Path(name) / "replaced")
         part.rename(folder)

@@ -25,7 +25,17 @@ from safetensors.numpy import save_file
 
 
 class WeightsError(ValueError):
-    """A weight file that is missing, damaged or does not fit; the message is one sentence."""
+    """A weight file that is missing, damaged or does not fit; the message is one sentence.
+
+    Names in a file may be anything: what would disturb a terminal is escaped, and the middle of
+    what is too long is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > 4000:
+            message = f"{message[:2000]} … {message[-1000:]}"
+        printable = (c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__("".join(printable))
 
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -91,8 +101,13 @@ class TensorFile:
                 f"{', '.join(FLOATS)}; convert the file to float16 first"
             )
         dtype = np.dtype(np.uint16 if entry.dtype == "bfloat16" else entry.dtype)
+        if not _possible(entry.shape):
+            raise WeightsError(
+                f"{self.path}: expected {name} to be a tensor, found the shape {entry.shape}; copy "
+                "or download the file again"
+            )
         if not entry.nbytes:
-            return np.zeros(entry.shape, dtype)
+            return np.zeros(entry.shape, np.float32 if entry.dtype == "bfloat16" else dtype)
         parts = [
             np.frombuffer(self._bytes, dtype, length // size, offset)
             for offset, length in entry.pieces
@@ -103,6 +118,11 @@ class TensorFile:
         return flat.reshape(entry.shape)
 
 
+def _possible(shape: tuple[int, ...]) -> bool:
+    """Can numpy have an array of this shape? A size of 0 beside a huge one is no less huge."""
+    return len(shape) <= 32 and math.prod(size or 1 for size in shape) < 1 << 59
+
+
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     """Index a weight file; what it is follows from its first bytes, not from its name.
 
@@ -110,17 +130,21 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     MindSpore `.ckpt`.
     """
     path = Path(path)
-    if not path.is_file():
+    if os.path.isdir(path):
+        raise WeightsError(f"{path}: this is a folder, expected a weight file; name a file in it")
+    if not os.path.isfile(path):
         raise WeightsError(f"{path}: there is no such weight file; check the path")
     try:
         with open(path, "rb") as file:
             head = file.read(16)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror}); check it") from error
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
+    if head[8:9] == b"{":
         return _open_safetensors(path)
     if head.startswith((b"PK\x03\x04", b"\x80")) or path.suffix in (".bin", ".pt", ".pth"):
         raise WeightsError(_pickle_refusal(path))
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
     if head.startswith(b"\n"):
         from weights.checkpoint import index
 
@@ -177,28 +201,47 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path in the same folder that takes the place of `path` if the block succeeds.
 
     The file is fsynced before it is renamed, so `path` holds either its old bytes or all the
-    new ones; a block that raises leaves nothing behind. A full disk raises WeightsError.
+    new ones; a block that raises leaves nothing behind. A full disk, or a path where no file can
+    be, raises WeightsError.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    if os.path.isdir(path):
+        raise WeightsError(f"{path}: this is a folder, expected the name of a file; change it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise cannot_write(path, error) from error
     os.close(handle)
     part = Path(name)
     try:
         yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.chmod(0o644)
+        settle(part)
         part.replace(path)
     except (OSError, SafetensorError) as error:
         if not _is_full(error):
             raise
-        raise WeightsError(
-            f"{path}: the disk is full (or a quota is), nothing was written; free some space or "
-            "write to another disk"
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def settle(path: Path) -> None:
+    """See to it that a file is on the disk, and that everybody may read it."""
+    if path.is_file():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        path.chmod(0o644)
+
+
+def cannot_write(path: Path, error: Exception) -> WeightsError:
+    """What to raise if the disk did not take a file."""
+    if _is_full(error):
+        return WeightsError(
+            f"{path}: the disk is full (or a quota is), nothing was written; free some space or "
+            "write to another disk"
+        )
+    return WeightsError(f"{path}: cannot be written ({error}); choose another place")
 
 
 def _is_full(error: Exception) -> bool:
@@ -248,10 +291,23 @@ def dump(
 
     Raises WeightsError if the disk is full.
     """
-    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    check_space(path, sum(array.nbytes for array in arrays.values()))
     with atomic_path(path) as part:
-        save_file(arrays, part, metadata=dict(metadata or {}))
+        save(part, tensors, metadata, path)
+
+
+def save(
+    part: Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None,
+    final: str | os.PathLike[str],
+) -> None:
+    """Write a safetensors file as a part of what will be `final`.
+
+    Raises WeightsError if there is no room, OSError or SafetensorError if that shows later.
+    """
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    check_space(final, sum(array.nbytes for array in arrays.values()))
+    save_file(arrays, part, metadata=dict(metadata or {}))
 
 
 def shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:

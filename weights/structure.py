@@ -15,6 +15,8 @@ from weights.files import WeightsError
 
 Shapes = dict[str, tuple[int, ...]]
 NETWORKS = ("unet", "vae", "text_encoder")
+MOST = 64
+"""Levels of a network, or layers of a level: more are no Stable Diffusion but a made-up file."""
 
 
 class UNetFields(Protocol):
@@ -314,7 +316,7 @@ def _any(pattern: str, names: Iterable[str]) -> bool:
 
 def _highest(pattern: str, names: Iterable[str]) -> int:
     numbers = [int(match[1][:4]) for match in _matches(pattern, names)]
-    if not numbers or max(numbers) >= 64:
+    if not numbers or max(numbers) >= MOST:
         raise WeightsError(f"no tensor is called like {_readable(pattern)}")
     return max(numbers)
 
