@@ -77,7 +77,7 @@ def _tensors(
         def make() -> np.ndarray:
             array = found.sources[name].read().reshape(found.shapes[name])
             if dtype is not None:
-                array = array.astype(dtype, copy=False)
+                array = files.cast(array, dtype, name)
             adapter = mine.get(name.removesuffix(".weight"))
             if adapter is not None and name.endswith(".weight"):
                 array = add(array, adapter, weight)

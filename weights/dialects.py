@@ -93,6 +93,9 @@ def _mindone(key: str) -> list[Key]:
     ]
 
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT's own files begin every key with."""
+
 _PROCESSOR = re.compile(r"(.+)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _TEXT_PROCESSOR = re.compile(r"(.+\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _DIFFUSERS = re.compile(r"(.+)\.(?:lora|lora_linear_layer)\.(down|up)\.weight")
@@ -103,7 +106,7 @@ _UNET_PREFIXES = ("down_blocks.", "mid_block.", "up_blocks.", "conv_", "time_emb
 
 
 def _diffusers(key: str) -> list[Key]:
-    network, path = _network(key.removeprefix("base_model.model."))
+    network, path = _network(key.removeprefix(PEFT_PREFIX))
     if network is None:
         return []
     if match := _PROCESSOR.fullmatch(path):

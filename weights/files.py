@@ -325,3 +325,16 @@ def count_not_finite(tensor: np.ndarray) -> int:
         if np.isfinite(tensor.sum(dtype=np.float32 if tensor.itemsize < 8 else np.float64)):
             return 0
     return math.prod(tensor.shape) - int(np.isfinite(tensor).sum())
+
+
+def cast(array: np.ndarray, dtype: type, name: str) -> np.ndarray:
+    """The array in another float dtype; WeightsError if a value is too large for it."""
+    with np.errstate(over="ignore"):
+        found: np.ndarray = array.astype(dtype, copy=False)
+    lost = count_not_finite(found) if found.itemsize < array.itemsize else 0
+    if lost and lost > count_not_finite(array):
+        raise WeightsError(
+            f"{name} has values that {found.dtype} cannot hold (up to "
+            f"{np.finfo(found.dtype).max:g}); write float32 instead (--dtype float32)"
+        )
+    return found

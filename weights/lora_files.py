@@ -76,7 +76,7 @@ def read(path: str | Path, ignore_unknown: bool = False, allow_nan: bool = False
             spoken.append(meaning.dialect)
             _put(found, meaning, file, key, allow_nan)
     _refuse(file, unknown, bool(parts), ignore_unknown)
-    configured = _alphas_from_metadata(file)
+    configured = _peft_alphas(file)
     adapters: dict[str, dict[str, Adapter]] = {}
     for (network, module), found in parts.items():
         adapter = _adapter(file, module, found, configured.get(f"{network}.{module}"))
@@ -140,7 +140,9 @@ def _put(found: _Parts, meaning: dialects.Key, file: TensorFile, key: str, allow
         )
 
 
-def _adapter(file: TensorFile, module: str, found: _Parts, configured: float | None) -> Adapter:
+def _adapter(
+    file: TensorFile, module: str, found: _Parts, configured: tuple[float, bool] | None
+) -> Adapter:
     if found.down is None or found.up is None:
         lacking = "down" if found.down is None else "up"
         raise WeightsError(
@@ -156,7 +158,11 @@ def _adapter(file: TensorFile, module: str, found: _Parts, configured: float | N
             "(rank, in) and (out, rank); the file is damaged or no LoRA"
         )
     rank = down.shape[0]
-    alpha = found.alpha if found.alpha is not None else configured
+    alpha = found.alpha
+    if alpha is None and configured is not None:
+        alpha, stabilised = configured
+        if stabilised:  # Kalajdzievski, 2023: alpha / √rank in place of alpha / rank
+            alpha *= math.sqrt(rank)
     if down.ndim == 4 and up.ndim == 2:
         up = up.reshape(*up.shape, 1, 1)
     elif down.ndim == 2 and up.ndim == 4:
@@ -187,30 +193,38 @@ def _refuse(file: TensorFile, unknown: list[str], any_known: bool, ignore_unknow
         )
 
 
-def _alphas_from_metadata(file: TensorFile) -> dict[str, float]:
-    """Alphas that PEFT keeps in the header: `lora_adapter_metadata` of diffusers."""
-    text = file.metadata.get("lora_adapter_metadata")
-    if text is None:
-        return {}
+def _peft_alphas(file: TensorFile) -> dict[str, tuple[float, bool]]:
+    """(alpha, rank-stabilised?) by network and module, where PEFT says them.
+
+    In the header, as `lora_adapter_metadata` of diffusers, or in the `adapter_config.json` that
+    PEFT itself writes beside a file.
+    """
+    beside = file.path.parent / "adapter_config.json"
+    text, source, prefixed = file.metadata.get("lora_adapter_metadata"), "its header", True
+    if text is None and any(key.startswith(dialects.PEFT_PREFIX) for key in file.entries):
+        source, prefixed = str(beside), False
     try:
+        if not prefixed:
+            text = beside.read_text(encoding="utf-8") if beside.is_file() else None
+        if text is None:
+            return {}
         config = json.loads(text)
         found = {}
         for key in file.entries:
             for meaning in dialects.parse(key):
+                prefix = f"{meaning.network}." if prefixed else ""
+                alpha = config.get(f"{prefix}lora_alpha")
                 name = f"{meaning.network}.{meaning.module}"
-                alpha = config.get(f"{meaning.network}.lora_alpha")
-                patterns = config.get(f"{meaning.network}.alpha_pattern") or {}
-                bare = meaning.module.removeprefix("text_model.")
-                for pattern, value in patterns.items():
-                    if meaning.module == pattern or bare == pattern or name.endswith(f".{pattern}"):
+                for pattern, value in (config.get(f"{prefix}alpha_pattern") or {}).items():
+                    if name.endswith(f".{pattern}"):
                         alpha = value
                 if alpha is not None:
-                    found[name] = float(alpha)
-                    if not math.isfinite(found[name]):
+                    if not math.isfinite(float(alpha)):
                         raise ValueError(f"the alpha of {name} is {alpha}")
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                    found[name] = float(alpha), bool(config.get(f"{prefix}use_rslora"))
+    except (ValueError, TypeError, AttributeError, OSError, OverflowError, RecursionError) as error:
         raise WeightsError(
-            f"{file.path}: its lora_adapter_metadata is not what diffusers writes ({error}); "
+            f"{file.path}: the LoRA configuration in {source} is not what PEFT writes ({error}); "
             "save the LoRA again"
         ) from error
     return found
@@ -250,9 +264,9 @@ def write_kohya(
     for network, modules in adapters.items():
         for module, adapter in modules.items():
             name = dialects.kohya(network, module)
-            tensors[f"{name}.lora_down.weight"] = adapter.down.astype(dtype)
-            tensors[f"{name}.lora_up.weight"] = adapter.up.astype(dtype)
-            tensors[f"{name}.alpha"] = np.array(adapter.alpha, dtype)
+            tensors[f"{name}.lora_down.weight"] = files.cast(adapter.down, dtype, name)
+            tensors[f"{name}.lora_up.weight"] = files.cast(adapter.up, dtype, name)
+            tensors[f"{name}.alpha"] = files.cast(np.array(adapter.alpha, np.float32), dtype, name)
     ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     digest = model_hash(ordered, kept)
@@ -290,8 +304,9 @@ def write_diffusers(
             },
         }
         for module, adapter in modules.items():
-            tensors[f"{network}.{module}.lora_A.weight"] = adapter.down.astype(dtype)
-            tensors[f"{network}.{module}.lora_B.weight"] = adapter.up.astype(dtype)
+            name = f"{network}.{module}"
+            tensors[f"{name}.lora_A.weight"] = files.cast(adapter.down, dtype, name)
+            tensors[f"{name}.lora_B.weight"] = files.cast(adapter.up, dtype, name)
     header = {
         **{key: value for key, value in metadata.items() if key != "sshs_model_hash"},
         "format": "pt",
@@ -338,8 +353,12 @@ def write_mindone(path: str | Path, adapters: Adapters, dtype: type = np.float32
     tensors: dict[str, np.ndarray] = {}
     for name, (up, down) in folded.items():
         missing = rank - down.shape[0]
-        tensors[f"{name}.lora_down.weight"] = np.pad(down, ((0, missing), (0, 0))).astype(dtype)
-        tensors[f"{name}.lora_up.weight"] = np.pad(up, ((0, 0), (0, missing))).astype(dtype)
+        tensors[f"{name}.lora_down.weight"] = files.cast(
+            np.pad(down, ((0, missing), (0, 0))), dtype, name
+        )
+        tensors[f"{name}.lora_up.weight"] = files.cast(
+            np.pad(up, ((0, 0), (0, missing))), dtype, name
+        )
     tensors["lora_rank"] = np.array(rank, np.int64)
     checkpoint.write(path, tensors)
 

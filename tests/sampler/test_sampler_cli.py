@@ -15,7 +15,10 @@ from sampler.cli import main
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--lora", "x@1"], "error: no registry is named; give --registry or set LORA_REGISTRY"),
+        (
+            ["--lora", "x@1"],
+            "error: there is no file x@1, and no registry is named; give",
+        ),
         (["--lora", "x@1", "--registry", "nowhere"], "nowhere"),
         (["--lora", "X/../y", "--registry", "nowhere"], "X/../y"),
         (["--registry", "nowhere"], "--lora"),

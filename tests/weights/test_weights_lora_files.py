@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -181,6 +182,34 @@ def test_the_header_of_peft_says_alpha(tmp_path: Path) -> None:
     assert set(scales.values()) == {8 / RANK}
 
 
+def test_peft_keeps_its_configuration_beside_the_file(tmp_path: Path) -> None:
+    path = safetensors(made.peft(SHARED, "base_model.model."))(tmp_path / "adapter_model")
+    config = {"lora_alpha": 8, "alpha_pattern": {"attn2.to_k": 1}, "use_rslora": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    scales = {
+        module: adapter.scale
+        for modules in lora_files.read(path).adapters.values()
+        for module, adapter in modules.items()
+    }
+    assert {s for m, s in scales.items() if m.endswith("attn2.to_k")} == {1 / RANK}
+    assert {s for m, s in scales.items() if not m.endswith("attn2.to_k")} == {8 / RANK}
+
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8, "use_rslora": true}')
+    for modules in lora_files.read(path).adapters.values():
+        for adapter in modules.values():
+            assert adapter.scale == pytest.approx(8 / math.sqrt(RANK))
+
+
+@pytest.mark.parametrize("format", lora_files.FORMATS)
+def test_a_value_too_large_for_float16_is_not_made_infinite(format: str, tmp_path: Path) -> None:
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    large = Adapter(np.full((1, 4), 1e5, np.float32), np.ones((4, 1), np.float32), 1.0)
+    path = tmp_path / ("a.ckpt" if format == "mindone" else "a.safetensors")
+    with pytest.raises(files.WeightsError, match="values that float16 cannot hold"):
+        lora_files.write(path, {"unet": {module: large}}, {}, format, np.float16)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_alpha_tensor_is_more_than_the_header(tmp_path: Path) -> None:
     module = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     tensors = made.peft({module: SHARED[module]}) | {
@@ -199,7 +228,7 @@ def test_an_alpha_tensor_is_more_than_the_header(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_header_of_peft_that_is_not_one_is_refused(header: str, tmp_path: Path) -> None:
     path = safetensors(made.peft(SHARED), lora_adapter_metadata=header)(tmp_path / "a")
-    with pytest.raises(files.WeightsError, match="its lora_adapter_metadata is not what diffusers"):
+    with pytest.raises(files.WeightsError, match="configuration in its header is not what PEFT"):
         lora_files.read(path)
 
 
