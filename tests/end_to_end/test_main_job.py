@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -137,9 +138,12 @@ def test_the_sampler_draws_base_and_lora(two: Run, tmp_path: Path) -> None:
 
 def test_the_sampler_refuses_another_base(two: Run, tmp_path: Path) -> None:
     base = tmp_path / "base"
-    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"):
-        files.dump(base / f"{name}.safetensors", {"x": np.zeros(1, np.float32)})
-    files.dump(base / "text_encoder/model.safetensors", {"x": np.zeros(1, np.float32)})
+    shutil.copytree(ROOT / "assets" / "emoji-base", base)
+    (base / "SHA256SUMS").unlink()
+    file = base / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
     arguments = ["--registry", str(two.registry), "--lora", "emoji-ink@1", "--base", str(base)]
     done = command("sampler.cli", *arguments, "--prompt", "x", "--out", str(tmp_path / "sheet.png"))
     assert done.returncode == 2
