@@ -50,7 +50,10 @@ def resolve(text: str, location: str | None) -> Operand:
         )
     from registry.api import open_registry
 
-    file, manifest = open_registry(location).fetch(text)
+    try:
+        file, manifest = open_registry(location).fetch(text)
+    except RegistryError as error:
+        raise RegistryError(f"there is no file {text}, and as a reference: {error}") from error
     return Operand(file, manifest.reference)
 
 

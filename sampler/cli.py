@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=OneSentenceErrors,
     epilog="Example: lora-sample --registry runs/registry --lora emoji-ink@1 "
-    '--prompt "ink emoji of fox" --seed 7 --out fox.png',
+    '--prompt "ink emoji of penguin" --seed 7 --out penguin.png',
 )
 @click.option(
     "--lora",
