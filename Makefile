@@ -18,7 +18,7 @@ help:
 	@echo "make demo       train a LoRA on two processes, publish it, draw with it"
 	@echo "make test       lint, types and the fast tests"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make full-size  SD 1.5 and 2.1 at full size, random weights (16 GB memory, 20 GB disk)"
+	@echo "make full-size  SD 1.5 and 2.1 at full size, random weights (20 GB memory, 20 GB disk)"
 	@echo "make parity     compare with PyTorch, diffusers and PEFT (Python 3.11 or 3.12)"
 	@echo "make lint       ruff and mypy;  make format  put the code in shape"
 	@echo "make lock       pin the dependencies of pyproject.toml anew (needs uv)"
