@@ -30,7 +30,7 @@ def main() -> None:
 
 
 @main.command(hidden=True)
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--devices",
     metavar="N|IDS",
@@ -57,15 +57,28 @@ def main() -> None:
     metavar="PORT",
     help="Port of msrun's scheduler. Default: one that is free.",
 )
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Go on with the run in this folder, from its last checkpoint; CONFIG is then its own.",
+)
+@click.option(
+    "--accept-changes",
+    is_flag=True,
+    help="Resume although base, data or config are not what they were.",
+)
 @click.option("--dry-run", is_flag=True, help="Print plan and command; write and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def run(
-    config: Path,
+    config: Path | None,
     devices: str | None,
     overrides: Sequence[str],
     device_target: str,
     master_port: int | None,
+    resume: Path | None,
+    accept_changes: bool,
     dry_run: bool,
     as_json: bool,
     debug: bool,
@@ -79,6 +92,7 @@ def run(
     Example:
       lora-launch --devices 2 configs/runs/emoji-ink.yaml
       lora-launch --devices 0-3 --set lora.rank=16 --dry-run my.yaml
+      lora-launch --devices 2 --resume runs/emoji-ink-20260101-120000
     """
     # Only here, so that --help does not wait for them.
     from launcher.errors import Interrupted, RunFailed
@@ -88,7 +102,7 @@ def run(
     target = None if device_target == "auto" else device_target
     try:
         launch(
-            Request(config, overrides, devices, target, master_port),
+            Request(config, overrides, devices, target, master_port, resume, accept_changes),
             dry_run=dry_run,
             as_json=as_json,
         )

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from cluster.devices import Machine, host_address, parse_devices, this_machine
 from cluster.msrun import Msrun
 from launcher.errors import LaunchError
 from registry.api import open_registry
+from trainer import checkpoint
 from trainer.config import RunConfig, dump_config, load_config
 from trainer.plan import Plan, check_images, make_plan
 
@@ -28,11 +29,15 @@ _HCCN_CONF = Path("/etc/hccn.conf")
 class Request:
     """What the user asked for."""
 
-    config: Path
+    config: Path | None
+    """None if a run is resumed as it was."""
     overrides: Sequence[str] = ()
     devices: str | None = None
     device_target: str | None = None
     master_port: int | None = None
+    resume: Path | None = None
+    """The folder of the run to go on with."""
+    accept_changes: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,12 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
 
     Raises one of the rooms' own errors, each with one sentence for the user.
     """
-    config = load_config(request.config, request.overrides)
+    config = load_config(_config_path(request), request.overrides)
     machine = this_machine(request.device_target)
     device_ids = parse_devices(request.devices, machine)
     plan = make_plan(config, len(device_ids), machine.device_target)
+    if request.resume is not None:
+        plan = _resumed(plan, config, request.resume, request.accept_changes)
     check_images(config)
     _check_output(config)
     _check_registry(config)
@@ -75,8 +82,11 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
         ports.check_port(request.master_port, address)
         port = request.master_port
 
-    folder = _new_folder(Path(config.output), f"{config.name}-{now:%Y%m%d-%H%M%S}")
-    attempt = folder.absolute() / "attempt_1"
+    if request.resume is None:
+        folder = _new_folder(Path(config.output), f"{config.name}-{now:%Y%m%d-%H%M%S}")
+    else:
+        folder = request.resume
+    attempt = folder.absolute() / f"attempt_{len(_attempts(folder)) + 1}"
     table = _rank_table(machine, device_ids)
     run = Msrun(
         worker_num=len(device_ids),
@@ -115,21 +125,73 @@ def write(job: Job) -> None:
     }
     if job.rank_table is not None:
         files["rank_table.json"] = job.rank_table
-    made = False
+    made: Path | None = None
     try:
-        job.folder.mkdir(parents=True)
-        made = True
-        (job.attempt / "logs").mkdir(parents=True)
+        if not job.folder.exists():
+            job.folder.mkdir(parents=True)
+            made = job.folder
+        job.attempt.mkdir()
+        made = made or job.attempt
+        (job.attempt / "logs").mkdir()
         (job.attempt / "errors").mkdir()
         for name, text in files.items():
             (job.attempt / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        if made:
-            shutil.rmtree(job.folder, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
         raise LaunchError(
             f"{job.folder}: cannot make the run's folder: {error.strerror}; check `output`, its "
             "permissions and the free space"
         ) from error
+
+
+def _attempts(folder: Path) -> list[Path]:
+    """The attempts of a run, the first one first."""
+    found = [path for path in folder.glob("attempt_*") if path.name[8:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[8:]))
+
+
+def _config_path(request: Request) -> Path:
+    """The config that was named, or that of the run to go on with."""
+    if request.config is not None:
+        return request.config
+    if request.resume is None:
+        raise LaunchError("no config is named; give one, or --resume and the folder of a run")
+    attempts = _attempts(request.resume)
+    if not attempts:
+        raise LaunchError(
+            f"{request.resume}: expected the folder of a run, found no attempt in it; name one "
+            "of the folders that lora-launch makes"
+        )
+    return attempts[-1] / "config.yaml"
+
+
+def _resumed(plan: Plan, config: RunConfig, folder: Path, accept_changes: bool) -> Plan:
+    """The plan of what is left of a run.
+
+    Raises LaunchError if nothing is, there is no checkpoint, or the run would become another one.
+    """
+    if any((attempt / "result.json").is_file() for attempt in _attempts(folder)):
+        raise LaunchError(f"{folder}: this run has ended; start a new one")
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        raise LaunchError(
+            f"{folder}: expected a checkpoint in checkpoints/, found none that is complete; start "
+            "the run anew, with a smaller save_every if need be"
+        )
+    path, state = found
+    changes = checkpoint.changes(state, config, plan.base_digest, plan.data_digest)
+    if changes and not accept_changes:
+        raise LaunchError(
+            f"{folder}: this would not be the same run: {'; '.join(changes)}; undo it, or go on "
+            "with --accept-changes"
+        )
+    if state.step >= plan.steps:
+        raise LaunchError(
+            f"{folder}: its {state.step} steps are done and {plan.steps} are planned; ask for "
+            "more images or epochs, with --accept-changes"
+        )
+    return replace(plan, start_step=state.step, resume_from=str(path.absolute()))
 
 
 def _check_output(config: RunConfig) -> None:

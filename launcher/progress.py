@@ -73,7 +73,9 @@ class Bar:
             TimeElapsedColumn(),
             console=Console(stderr=True),
         )
-        self._task = self.rich.add_task("starting", total=plan.steps, text="")
+        self._task = self.rich.add_task(
+            "starting", total=plan.steps, completed=plan.start_step, text=""
+        )
 
     def show(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "phase":

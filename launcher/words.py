@@ -44,7 +44,8 @@ def plan_text(job: Job) -> str:
             f"{plan.global_batch} = {plan.devices} device{'' if plan.devices == 1 else 's'} × "
             f"{plan.micro_batch} images × {plan.accumulation} accumulation"
         ),
-        "steps": f"{plan.steps:,}",
+        "steps": f"{plan.steps:,}"
+        + (f", of which {plan.start_step:,} are done" if plan.start_step else ""),
         "learning rate": f"{plan.learning_rate:g}, {plan.schedule}{warm}",
         "devices": (
             f"{job.machine.device_target} {', '.join(map(str, job.device_ids))}; "

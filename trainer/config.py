@@ -163,7 +163,10 @@ class RunConfig(_Strict):
     """Where the LoRA is published when training is done; null does not publish."""
 
     save_every: int = Field(500, gt=0)
-    """Steps between intermediate saves of the weights."""
+    """Steps between checkpoints, from which `lora-launch --resume` goes on."""
+
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the last checkpoints stay."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

@@ -43,6 +43,24 @@ class FlatAdamW(nn.Cell):
         start = np.concatenate([parameter.asnumpy().ravel() for parameter in parameters])
         self.average = Parameter(Tensor(start), name="average", requires_grad=False)
 
+    def vectors(self) -> dict[str, np.ndarray]:
+        """All that the next update depends on: weights, average and moments, (size,) each."""
+        return {
+            "weights": np.concatenate([p.asnumpy().ravel() for p in self.trained]),
+            "average": self.average.asnumpy().copy(),
+            "moment1": self.moment1.asnumpy().copy(),
+            "moment2": self.moment2.asnumpy().copy(),
+        }
+
+    def restore(self, vectors: dict[str, np.ndarray]) -> None:
+        """Put back what `vectors` gave."""
+        parts = np.split(vectors["weights"], np.cumsum(self.sizes)[:-1])
+        for parameter, part in zip(self.trained, parts):
+            parameter.set_data(Tensor(part.reshape(parameter.shape)))
+        self.average.set_data(Tensor(vectors["average"]))
+        self.moment1.set_data(Tensor(vectors["moment1"]))
+        self.moment2.set_data(Tensor(vectors["moment2"]))
+
     def corrections(self, step: int) -> tuple[float, float]:
         """1 − βⁱ for the `step`-th update, counted from 1."""
         return 1 - self.beta1**step, 1 - self.beta2**step

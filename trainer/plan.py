@@ -27,6 +27,8 @@ class Plan:
     """What the weights were found to be."""
     base_digest: str
     """sha256 of the base's files."""
+    data_digest: str
+    """sha256 over training images and captions."""
     train: str
     device_target: str
     devices: int
@@ -44,6 +46,10 @@ class Plan:
     """Bytes of gradient and loss that one device puts into the all-reduce of one step."""
     learning_rate: float
     schedule: str
+    start_step: int = 0
+    """Steps that were done before, by the attempt that is resumed."""
+    resume_from: str | None = None
+    """The checkpoint to go on from."""
 
     @property
     def epochs(self) -> float:
@@ -129,6 +135,7 @@ def make_plan(config: RunConfig, devices: int, device_target: str = "CPU") -> Pl
         model=model,
         base=describe_base(base),
         base_digest=combined_digest(base.digests()),
+        data_digest=data_digest(examples),
         train=config.train,
         device_target=device_target,
         devices=devices,

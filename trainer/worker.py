@@ -22,7 +22,7 @@ from diffusion import models
 from diffusion.config import load_model_config
 from diffusion.lora import inject, lora_masks, lora_parameters
 from diffusion.tokenizer import Tokenizer, clip_vocabulary
-from trainer import artifact
+from trainer import artifact, checkpoint
 from trainer.batches import Batch, Sampling, training_batch, validation_batch
 from trainer.config import RunConfig, load_config
 from trainer.data import EncodedData, encode
@@ -32,7 +32,6 @@ from trainer.images import DataError
 from trainer.optimizer import FlatAdamW, learning_rate
 from trainer.plan import (
     Plan,
-    data_digest,
     open_run_base,
     training_examples,
     validation_examples,
@@ -109,6 +108,42 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
         events.emit("validation", step=number, loss=value)
         return value
 
+    names = tuple(
+        (f"{network}.{parameter.name}", parameter.size)
+        for network, found in trained.items()
+        for parameter in found
+    )
+    resumed = None
+    if plan.resume_from is not None:
+        resumed = checkpoint.read_state(Path(plan.resume_from))
+        if resumed.parameters != names:
+            raise DataError(
+                f"{plan.resume_from}: this checkpoint is of other tensors than the config trains; "
+                "resume with the config that it was made with"
+            )
+        optimizer.restore(checkpoint.read_vectors(Path(plan.resume_from)))
+    seconds_before = resumed.seconds if resumed else 0.0
+
+    def save_checkpoint(done: int) -> None:
+        """What `--resume` goes on from, and the LoRA as it is."""
+        if group.rank_id != 0:
+            return
+        seconds = seconds_before + time.monotonic() - training_started
+        state = checkpoint.State(
+            step=done,
+            images=done * plan.global_batch,
+            parameters=names,
+            config=config.model_dump(mode="json"),
+            base_digest=plan.base_digest,
+            data_digest=plan.data_digest,
+            validation_loss_before=loss_before,
+            seconds=seconds,
+        )
+        folder = attempt.parent / "checkpoints"
+        checkpoint.save(folder, state, optimizer.vectors(), config.keep_checkpoints)
+        save()
+        events.emit("checkpoint", step=done)
+
     def save() -> None:
         if group.rank_id != 0:
             return
@@ -120,7 +155,7 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
             artifact.save_base(attempt / "base", tensors)
 
     events.phase("validating")
-    loss_before = validate(0)
+    loss_before = resumed.validation_loss_before if resumed else validate(0)
     events.phase("compiling")
     training_started = logged = time.monotonic()
     pending: list[tuple[int, float, ms.Tensor]] = []
@@ -143,13 +178,13 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
                 loss=value,
                 gradient_norm=norm,
                 learning_rate=rate,
-                images_per_second=number * plan.global_batch / elapsed,
+                images_per_second=(number - plan.start_step) * plan.global_batch / elapsed,
             )
         pending.clear()
 
     with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(micro_batches, 0)
-        for number in range(plan.steps):
+        upcoming = pool.submit(micro_batches, plan.start_step)
+        for number in range(plan.start_step, plan.steps):
             batches = upcoming.result()
             upcoming = pool.submit(micro_batches, min(number + 1, plan.steps - 1))
             rate = learning_rate(
@@ -158,15 +193,17 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
             decay = min(options.ema_decay, (1 + number) / (10 + number))
             pending.append((number, rate, step(batches, number + 1, rate, decay)))
             now = time.monotonic()
-            if number == 0 or number == plan.steps - 1 or now - logged >= LOG_SECONDS:
+            first = number == plan.start_step
+            if first or number == plan.steps - 1 or now - logged >= LOG_SECONDS:
                 logged = now
                 log()
-            if number == 0:
+            if first:
                 events.phase("training")
                 training_started = time.monotonic()
             if (number + 1) % config.save_every == 0 and number + 1 < plan.steps:
-                save()
-    training_seconds = time.monotonic() - training_started
+                log()
+                save_checkpoint(number + 1)
+    training_seconds = seconds_before + time.monotonic() - training_started
     events.phase("validating")
     loss_after = validate(plan.steps)
     events.phase("saving")
@@ -189,7 +226,7 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
             "synced_bytes": step.synced_bytes if group.world_size > 1 else 0,
             "rank_digests": [bytes(row.astype(np.uint8)).hex() for row in rank_digests],
             "base_digest": plan.base_digest,
-            "data_digest": data_digest(training_examples(config)),
+            "data_digest": plan.data_digest,
             "seconds": {
                 "training": training_seconds,
                 "total": time.monotonic() - started,

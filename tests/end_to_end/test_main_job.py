@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -57,21 +59,25 @@ def command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def launch(folder: Path, devices: int, *overrides: str) -> Run:
-    """A short run of the demo's config."""
-    registry = folder / "registry"
+def short_run(folder: Path, devices: int, *overrides: str) -> list[str]:
+    """Arguments of `lora-launch` for a short run of the demo's config."""
     settings = (
         f"output={folder}",
-        f"registry={registry}",
+        f"registry={folder / 'registry'}",
         "epochs=null",
         f"images={STEPS * 16}",
         *overrides,
     )
     options = [part for setting in settings for part in ("--set", setting)]
-    done = command("launcher.cli", "--devices", str(devices), "--json", *options, CONFIG)
+    return ["--devices", str(devices), "--json", *options, CONFIG]
+
+
+def launch(folder: Path, devices: int, *overrides: str) -> Run:
+    """A short run that ends well."""
+    done = command("launcher.cli", *short_run(folder, devices, *overrides))
     assert done.returncode == 0, done.stderr
     (attempt,) = folder.glob("emoji-ink-*/attempt_1")
-    return Run(registry, json.loads(done.stdout), attempt)
+    return Run(folder / "registry", json.loads(done.stdout), attempt)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +115,63 @@ def test_two_workers_give_the_weights_of_one(one: Run, two: Run) -> None:
     difference = sum(float(((one.lora[k] - two.lora[k]) ** 2).sum()) for k in one.lora)
     size = sum(float((one.lora[k] ** 2).sum()) for k in one.lora)
     assert difference <= 1e-8 * size
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, one of whose workers was killed after a checkpoint."""
+    folder = tmp_path_factory.mktemp("killed")
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "launcher.cli", *short_run(folder, 2, "save_every=2")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while launcher.poll() is None and not list(folder.glob("*/checkpoints/step_*2.safetensors")):
+        time.sleep(0.02)
+    workers = [
+        process
+        for process in psutil.Process(launcher.pid).children(recursive=True)
+        if process.environ().get("MS_ROLE") == "MS_WORKER"
+    ]
+    workers[-1].kill()
+    _, said = launcher.communicate()
+    assert launcher.returncode == 1
+    assert "killed by signal 9" in said
+    (run,) = folder.glob("emoji-ink-*")
+    assert not (run / "attempt_1" / "result.json").exists()
+    return run
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_to_the_bit(two: Run, killed: Path) -> None:
+    refused = command("launcher.cli", "--resume", str(killed), "--set", "lora.rank=4", "--dry-run")
+    assert refused.returncode == 2
+    assert "lora.rank was 16, is 4" in refused.stderr
+
+    done = command("launcher.cli", "--devices", "2", "--resume", str(killed), "--json")
+    assert done.returncode == 0, done.stderr
+    assert "of which" in done.stderr
+    resumed = Run(killed.parent / "registry", json.loads(done.stdout), killed / "attempt_2")
+    assert 0 < len(resumed.losses) < STEPS
+    np.testing.assert_array_equal(resumed.losses, two.losses[-len(resumed.losses) :])
+    assert resumed.lora.keys() == two.lora.keys()
+    for name, tensor in two.lora.items():
+        np.testing.assert_array_equal(resumed.lora[name], tensor)
+    assert resumed.result["validation_loss"] == two.result["validation_loss"]
+
+    again = command("launcher.cli", "--resume", str(killed))
+    assert again.returncode == 2
+    assert "this run has ended" in again.stderr
+
+
+def test_a_checkpoint_is_four_times_the_lora(killed: Path, two: Run) -> None:
+    lora = (two.attempt / "lora.safetensors").stat().st_size
+    checkpoints = sorted((killed / "checkpoints").iterdir())
+    assert 1 <= len(checkpoints) <= 2
+    for path in checkpoints:
+        assert 3.5 * lora < path.stat().st_size < 4.5 * lora
 
 
 def test_the_version_is_published_with_both_validation_losses(two: Run) -> None:

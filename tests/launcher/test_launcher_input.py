@@ -66,7 +66,8 @@ def test_bad_options(config: Path, arguments: list[str], message: str) -> None:
 
 def test_missing_config(tmp_path: Path) -> None:
     assert "there is no such config file" in refused(tmp_path, tmp_path / "none.yaml")
-    assert "Missing argument 'CONFIG'" in refused(tmp_path)
+    assert "no config is named" in refused(tmp_path)
+    assert "found no attempt in it" in refused(tmp_path, "--resume", tmp_path)
 
 
 def empty_folder(folder: Path) -> str:
@@ -232,6 +233,6 @@ def test_help_and_dry_run_do_without_mindspore(config: Path) -> None:
 def test_help_names_every_option() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for option in ("--devices", "--set", "--device-target", "--master-port", "--dry-run", "--json"):
+    for option in ("--devices", "--set", "--device-target", "--master-port", "--resume", "--json"):
         assert option in result.stdout
-    assert "[OPTIONS] CONFIG" in result.stdout
+    assert "[OPTIONS] [CONFIG]" in result.stdout
