@@ -52,6 +52,7 @@ class Sampling:
     prediction_type: str
     caption_dropout: float
     min_snr_gamma: float | None
+    noise_offset: float = 0.0
     dropout: float = 0.0
     rank: int = 0
     modules: int = 0
@@ -76,6 +77,10 @@ def training_batch(data: EncodedData, sampling: Sampling, first: int, count: int
         np.stack([generator(seed, use, n).standard_normal(shape, np.float32) for n in numbers])
         for use in ("vae", "noise")
     )
+    if sampling.noise_offset:
+        offsets = [generator(seed, "noise offset", n) for n in numbers]
+        draws = [offset.standard_normal((shape[0], 1, 1), np.float32) for offset in offsets]
+        noise = noise + np.float32(sampling.noise_offset) * np.stack(draws)
     timesteps = np.array(
         [generator(seed, "timestep", n).integers(schedule.TRAIN_TIMESTEPS) for n in numbers],
         np.int32,

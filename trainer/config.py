@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,11 @@ class DataConfig(_Strict):
     """Images and captions."""
 
     train: tuple[str, ...]
-    """Folders of images, each with .txt captions beside them or a metadata.jsonl."""
+    """Folders of images, each with .txt captions beside them or a table: metadata.jsonl or
+    metadata.csv with file_name and text, or a .csv of MindONE's with dir and text."""
+
+    prefix: str = ""
+    """Put before every caption, such as a trigger word: "in sks style, "."""
 
     validation: str | None = None
     """A folder of held-out images; without it no validation loss is measured."""
@@ -72,6 +77,9 @@ class LoRAConfig(_Strict):
     alpha: float | None = Field(None, gt=0)
     """Strength; default: the rank, so that the update is not scaled."""
 
+    rank_stabilised: bool = False
+    """Scale by alpha / √rank instead of alpha / rank (rsLoRA), for ranks above 32 or so."""
+
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the rank's components left out of each sample, against over-fitting."""
 
@@ -84,8 +92,9 @@ class LoRAConfig(_Strict):
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
+        """alpha / rank, or alpha / √rank."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 class OptimizerConfig(_Strict):
@@ -94,8 +103,8 @@ class OptimizerConfig(_Strict):
     learning_rate: float = Field(1e-4, gt=0)
     """Peak rate, for the global batch as it is: it is not scaled with the number of devices."""
 
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """constant, or half a cosine from the peak to zero at the end."""
+    schedule: Literal["constant", "linear", "cosine", "polynomial"] = "cosine"
+    """constant, or from the peak to zero at the end: a line, half a cosine, or a parabola."""
 
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear rise to the peak."""
@@ -152,6 +161,10 @@ class RunConfig(_Strict):
 
     min_snr_gamma: float | None = Field(5.0, gt=0)
     """Weight of the loss by signal-to-noise ratio (min-SNR); null weighs all timesteps alike."""
+
+    noise_offset: float = Field(0.0, ge=0, le=1)
+    """Noise of this strength that is the same over a whole channel, so that very dark and very
+    bright pictures can be learned; 0.05 to 0.1 is usual, 0 is none."""
 
     seed: int = Field(0, ge=0, lt=2**63)
     """Everything random follows from it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,24 +26,30 @@ class Example:
     caption: str
 
 
-def find_examples(folder: str | Path) -> list[Example]:
-    """The examples of a folder, sorted by file name.
+def find_examples(folder: str | Path, prefix: str = "") -> list[Example]:
+    """The examples of a folder, sorted by file name; `prefix` goes before every caption.
 
     Captions come from `metadata.jsonl` (`{"file_name": …, "text": …}` a line) if the folder has
-    one, else from a `.txt` file beside each image. Raises DataError if the folder is missing or
-    empty, or if a caption or a listed image is missing.
+    one, else from its one `.csv` file (columns `file_name` or MindONE's `dir`, and `text`), else
+    from a `.txt` file beside each image. Raises DataError if the folder is missing or empty, or
+    if a caption or a listed image is missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such data folder; check the path in the config")
-    table = folder / "metadata.jsonl"
-    examples = _from_table(table) if table.is_file() else _from_captions(folder)
+    table, sheets = folder / "metadata.jsonl", sorted(folder.glob("*.csv"))
+    if table.is_file():
+        examples = _from_table(table)
+    elif sheets:
+        examples = _from_csv(folder, sheets)
+    else:
+        examples = _from_captions(folder)
     if not examples:
         raise DataError(
             f"{folder}: expected images ({', '.join(EXTENSIONS)}), found none; "
             "put images with captions there"
         )
-    return examples
+    return [Example(example.path, prefix + example.caption) for example in examples]
 
 
 def _from_table(table: Path) -> list[Example]:
@@ -58,12 +65,41 @@ def _from_table(table: Path) -> list[Example]:
                 f'{table}, line {number}: expected {{"file_name": …, "text": …}}, found '
                 f"{line[:60]!r}; correct the line"
             ) from error
-        if not path.is_file():
-            raise DataError(f"{table}, line {number}: image {row['file_name']!r} is missing")
-        if not isinstance(caption, str) or not caption.strip():
-            raise DataError(f"{table}, line {number}: the caption of {path.name!r} is empty")
-        examples.append(Example(path, caption.strip()))
+        examples.append(_listed(f"{table}, line {number}", path, caption))
     return sorted(examples, key=lambda example: example.path.name)
+
+
+def _from_csv(folder: Path, sheets: Sequence[Path]) -> list[Example]:
+    if len(sheets) > 1:
+        names = ", ".join(sheet.name for sheet in sheets)
+        raise DataError(f"{folder}: expected one .csv with captions, found {names}; keep one")
+    (sheet,) = sheets
+    try:
+        with open(sheet, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            columns = rows.fieldnames or []
+            place = next((name for name in ("file_name", "dir") if name in columns), None)
+            if place is None or "text" not in columns:
+                raise DataError(
+                    f"{sheet}: expected the columns file_name (or dir) and text in its first "
+                    f"line, found {', '.join(columns) or 'nothing'}; correct the line"
+                )
+            examples = [
+                _listed(f"{sheet}, line {rows.line_num}", folder / (row[place] or ""), row["text"])
+                for row in rows
+            ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{sheet}: expected UTF-8 CSV, found {error}; save it as that") from error
+    return sorted(examples, key=lambda example: example.path.name)
+
+
+def _listed(where: str, path: Path, caption: object) -> Example:
+    """A row of a table; DataError if the image or its caption is missing."""
+    if not path.is_file():
+        raise DataError(f"{where}: image {path.name!r} is missing")
+    if not isinstance(caption, str) or not caption.strip():
+        raise DataError(f"{where}: the caption of {path.name!r} is empty")
+    return Example(path, caption.strip())
 
 
 def _from_captions(folder: Path) -> list[Example]:

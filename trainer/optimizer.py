@@ -97,10 +97,16 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """The rate of update `step` (from 0) of `steps`: linear warm-up, then constant or cosine."""
+    """The rate of update `step` (from 0) of `steps`: linear warm-up, then the schedule to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    if schedule == "constant":
-        return peak
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - (step - warmup) / max(1, steps - warmup)
+    return (
+        peak
+        * {
+            "constant": 1.0,
+            "linear": left,
+            "polynomial": left**2,
+            "cosine": 0.5 * (1 - math.cos(math.pi * left)),
+        }[schedule]
+    )

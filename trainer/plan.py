@@ -80,12 +80,14 @@ def batch_split(global_batch: int, devices: int, most: int) -> tuple[int, int]:
 
 def training_examples(config: RunConfig) -> list[Example]:
     """All training examples, folder by folder."""
-    return [example for folder in config.data.train for example in find_examples(folder)]
+    prefix = config.data.prefix
+    return [example for folder in config.data.train for example in find_examples(folder, prefix)]
 
 
 def validation_examples(config: RunConfig) -> list[Example]:
     """The held-out examples; none if the config names no folder."""
-    return find_examples(config.data.validation) if config.data.validation else []
+    folder = config.data.validation
+    return find_examples(folder, config.data.prefix) if folder else []
 
 
 def data_digest(examples: list[Example]) -> str:

@@ -87,6 +87,7 @@ def train(config: RunConfig, plan: Plan, group: Group, attempt: Path, events: Ev
         model.prediction_type,
         config.data.caption_dropout,
         config.min_snr_gamma,
+        config.noise_offset,
         config.lora.dropout,
         config.lora.rank,
         len(masks),

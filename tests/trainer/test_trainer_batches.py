@@ -105,3 +105,17 @@ def test_min_snr_weights(prediction_type: str, mean: float) -> None:
     assert float(weights.mean()) == pytest.approx(mean, abs=5e-4)
     assert weights[0] == pytest.approx(5 / (1175.47 + (prediction_type != "epsilon")), rel=1e-4)
     assert (schedule.min_snr_weights(np.arange(9), None, prediction_type) == 1).all()
+
+
+def test_noise_offset_moves_whole_channels_and_nothing_else(data: EncodedData) -> None:
+    offset = Sampling(**{**vars(SAMPLING), "prediction_type": "epsilon", "noise_offset": 0.5})
+    plain = Sampling(**{**vars(SAMPLING), "prediction_type": "epsilon"})
+    moved, still = (training_batch(data, sampling, 0, 64) for sampling in (offset, plain))
+    difference = moved.target - still.target
+    np.testing.assert_allclose(
+        difference, np.broadcast_to(difference[:, :, :1, :1], difference.shape), atol=1e-6
+    )
+    assert difference[:, :, 0, 0].std() == pytest.approx(0.5, rel=0.2)
+    np.testing.assert_array_equal(moved.timesteps, still.timesteps)
+    half = training_batch(data, offset, 32, 32)
+    np.testing.assert_array_equal(half.noisy, moved.noisy[32:])

@@ -38,6 +38,11 @@ def test_overrides_reach_into_sections_and_read_scientific_numbers(path: Path) -
     assert config.optimizer.learning_rate == 1e-3
 
 
+def test_a_rank_stabilised_scale_divides_by_the_root(path: Path) -> None:
+    config = load_config(path, ["lora.rank=16", "lora.alpha=8", "lora.rank_stabilised=true"])
+    assert config.lora.scale == 2
+
+
 def test_a_dumped_config_reads_back_equal(path: Path) -> None:
     config = load_config(path, ["lora.text_encoder=true", "min_snr_gamma=null"])
     again = path.with_name("again.yaml")

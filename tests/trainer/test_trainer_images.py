@@ -122,3 +122,47 @@ def test_the_middle_of_a_wide_image_is_kept(tmp_path: Path) -> None:
     wide.paste("red", (16, 0, 32, 16))
     image = read_image(save(tmp_path / "a.png", wide), 16)
     assert image[0, :, 4:12].min() > 0.9
+
+
+@pytest.mark.parametrize("column", ["file_name", "dir"])
+def test_a_csv_names_images_and_captions(column: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    save(tmp_path / "images" / "b.png", red(), None)
+    save(tmp_path / "a.png", red(), None)
+    sheet = f'{column},text\nimages/b.png,"one, two"\na.png, three \n'
+    (tmp_path / "captions.csv").write_bytes(b"\xef\xbb\xbf" + sheet.encode())
+    assert [(e.path.name, e.caption) for e in find_examples(tmp_path)] == [
+        ("a.png", "three"),
+        ("b.png", "one, two"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sheet", "said"),
+    [
+        ("image,text\na.png,x\n", "expected the columns file_name (or dir) and text"),
+        ("", "found nothing"),
+        ("file_name,text\na.png\n", "line 2: the caption of 'a.png' is empty"),
+        ("file_name,text\nno.png,x\n", "line 2: image 'no.png' is missing"),
+        ("file_name,text\n\xff,x\n", "expected UTF-8 CSV"),
+    ],
+)
+def test_a_bad_csv_is_named(sheet: str, said: str, tmp_path: Path) -> None:
+    save(tmp_path / "a.png", red(), None)
+    (tmp_path / "captions.csv").write_bytes(sheet.encode("latin-1"))
+    with pytest.raises(DataError, match=r"captions\.csv") as caught:
+        find_examples(tmp_path)
+    assert said in str(caught.value)
+
+
+def test_two_csv_files_are_one_too_many(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", red())
+    for name in ("one.csv", "two.csv"):
+        (tmp_path / name).write_text("file_name,text\na.png,x\n")
+    with pytest.raises(DataError, match=r"found one\.csv, two\.csv; keep one"):
+        find_examples(tmp_path)
+
+
+def test_a_prefix_goes_before_every_caption(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", red(), "a cross")
+    assert find_examples(tmp_path, "in sks style, ")[0].caption == "in sks style, a cross"

@@ -146,3 +146,13 @@ def test_learning_rate_rises_then_falls() -> None:
     assert rates[60] == pytest.approx(0.5)
     assert 0 < rates[-1] < 1e-3
     assert learning_rate(109, 110, 1.0, 10, "constant") == 1.0
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("polynomial", 0.25)])
+def test_every_schedule_warms_up_and_ends_near_zero(schedule: str, middle: float) -> None:
+    rates = [learning_rate(step, 110, 2.0, 10, schedule) for step in range(110)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 5)
+    assert rates[10] == 2.0
+    assert rates[60] == pytest.approx(2 * middle)
+    assert 0 < rates[-1] < 0.03
+    assert rates[10:] == sorted(rates[10:], reverse=True)
