@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from trainer.config import RunConfig
+from trainer.config_file import section_of
 
 INTRODUCTION = """# The run config
 
@@ -20,14 +21,14 @@ named.
 def type_name(annotation: Any) -> str:
     """A type as a reader of YAML would call it."""
     arguments = [a for a in get_args(annotation) if a is not type(None)]
+    if str(annotation).startswith("tuple"):
+        return "list"
     if not arguments:
         return {str: "text", int: "whole number", float: "number", bool: "true or false"}[
             annotation
         ]
     if isinstance(arguments[0], str):
         return ", ".join(arguments)
-    if str(annotation).startswith("tuple"):
-        return "list"
     return type_name(arguments[0])
 
 
@@ -43,10 +44,10 @@ def default_text(value: Any) -> str:
 
 
 def rows(model: type[BaseModel], prefix: str) -> list[str]:
-    """A table line for each plain field of a section."""
+    """A table line for each field of a section that is no section itself, or several."""
     lines = []
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if section_of(field.annotation) and not str(field.annotation).startswith("tuple"):
             continue
         text = " ".join((field.description or "").split())
         default = default_text(field.default)
@@ -54,18 +55,23 @@ def rows(model: type[BaseModel], prefix: str) -> list[str]:
     return lines
 
 
+def sections(model: type[BaseModel], prefix: str = "") -> list[tuple[str, type[BaseModel]]]:
+    """Every section below `model` with its dotted key, in order."""
+    found = []
+    for name, field in model.model_fields.items():
+        if section := section_of(field.annotation):
+            found += [(f"{prefix}{name}", section), *sections(section, f"{prefix}{name}.")]
+    return found
+
+
 def document() -> str:
     """The whole page."""
     parts = [INTRODUCTION]
-    sections: list[tuple[str, type[BaseModel], str]] = [("The run", RunConfig, "")]
-    for name, field in RunConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            sections.append((f"`{name}`", field.annotation, f"{name}."))
-    for title, model, prefix in sections:
+    for key, model in [("", RunConfig), *sections(RunConfig)]:
         summary = " ".join((model.__doc__ or "").split())
-        parts.append(f"## {title}\n\n{summary}\n")
+        parts.append(f"## {f'`{key}`' if key else 'The run'}\n\n{summary}\n")
         parts.append("| key | type | default | meaning |\n|---|---|---|---|")
-        parts.append("\n".join(rows(model, prefix)) + "\n")
+        parts.append("\n".join(rows(model, f"{key}." if key else "")) + "\n")
     return "\n".join(parts)
 
 

@@ -18,7 +18,8 @@ from cluster.msrun import Msrun
 from launcher.errors import LaunchError
 from registry.api import open_registry
 from trainer import checkpoint
-from trainer.config import RunConfig, dump_config, load_config
+from trainer.config import RunConfig
+from trainer.config_file import dump_config, load_config
 from trainer.plan import Plan, check_images, make_plan
 
 WORKER = "trainer.worker"

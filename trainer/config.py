@@ -1,16 +1,11 @@
-"""The run config: a strict schema, read from YAML with overrides; needs no MindSpore."""
+"""The run config: a strict schema; needs no MindSpore."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ConfigError(ValueError):
@@ -41,12 +36,33 @@ class BaseModelConfig(_Strict):
     """Networks that begin with random weights instead; only with `train: all`."""
 
 
+class SetConfig(_Strict):
+    """One folder of images among several, where it differs from the others."""
+
+    folder: str
+    """Images, with .txt captions beside them or a table: metadata.jsonl or metadata.csv with
+    file_name and text, or a .csv of MindONE's with dir and text."""
+
+    repeats: int = Field(1, ge=1)
+    """How often each of its images is shown in one epoch."""
+
+    prefix: str | None = None
+    """In place of `data.prefix`."""
+
+    loss_weight: float = Field(1.0, ge=0)
+    """What its images count in the loss."""
+
+    regularisation: bool = False
+    """Images of the wider class, which the LoRA should leave as they are: in an epoch as many are
+    shown as of all other sets together, and without the prefix."""
+
+
 class DataConfig(_Strict):
     """Images and captions."""
 
-    train: tuple[str, ...]
-    """Folders of images, each with .txt captions beside them or a table: metadata.jsonl or
-    metadata.csv with file_name and text, or a .csv of MindONE's with dir and text."""
+    train: tuple[SetConfig, ...] = Field(min_length=1)
+    """A folder of images, or a list of folders; where they differ, of the keys under `data.train`
+    below."""
 
     prefix: str = ""
     """Put before every caption, such as a trigger word: "in sks style, "."""
@@ -55,17 +71,49 @@ class DataConfig(_Strict):
     """A folder of held-out images; without it no validation loss is measured."""
 
     resolution: int | None = Field(None, gt=0)
-    """Pixels along each side; default: the model's own."""
+    """Pixels along each side of a square, the area of any other shape; default: the model's own."""
+
+    shapes: int = Field(1, ge=1, le=7)
+    """Most shapes of picture that images are sorted into, from upright to wide, instead of being
+    cropped to a square. Each costs a compilation, and a global batch is of one shape."""
+
+    crop: Literal["center", "random"] = "center"
+    """Which part of an image that does not fit its shape is seen. random is another part each time,
+    so latents are computed at every step instead of once."""
+
+    flip: bool = False
+    """Show half of the samples mirrored; not for text or faces."""
+
+    masks: Literal["alpha", "file"] | None = None
+    """What the loss looks at: alpha, where the image is opaque; file, where `NAME.mask.png` beside
+    `NAME.png` is white. Images without either count everywhere."""
+
+    shuffle_captions: bool = False
+    """Put the comma-separated parts of a caption in another order each time."""
+
+    keep_tokens: int = Field(0, ge=0)
+    """How many parts stay in front of a shuffled caption; the prefix does in any case."""
 
     caption_dropout: float = Field(0.0, ge=0, le=1)
     """Share of samples that see an empty caption, so that guidance works; 0.05 to 0.1 is usual."""
 
     @model_validator(mode="before")
     @classmethod
-    def _one_folder(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("train"), str):
-            values = {**values, "train": (values["train"],)}
+    def _folders(cls, values: Any) -> Any:
+        """A folder, or a list of folders, in the long form."""
+        if isinstance(values, dict) and "train" in values:
+            train = values["train"]
+            sets = [train] if isinstance(train, (str, dict, SetConfig)) else train
+            if isinstance(sets, (list, tuple)):
+                sets = tuple({"folder": one} if isinstance(one, str) else one for one in sets)
+                values = {**values, "train": sets}
         return values
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DataConfig:
+        if all(one.regularisation for one in self.train):
+            raise ValueError("every set of `data.train` is regularisation; add one to learn from")
+        return self
 
 
 class LoRAConfig(_Strict):
@@ -83,12 +131,17 @@ class LoRAConfig(_Strict):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the rank's components left out of each sample, against over-fitting."""
 
-    targets: Literal["attention", "transformer"] = "attention"
+    targets: Literal["attention", "transformer", "convolution"] = "attention"
     """attention: q, k, v and out of the UNet's attention. transformer: kohya's default set, every
-    linear and 1×1 convolution of the UNet's transformers (twice the size)."""
+    linear and 1×1 convolution of the UNet's transformers (twice the size). convolution: the 3×3
+    convolutions of the residual blocks too, which texture and line follow from."""
 
     text_encoder: bool = False
     """Adapt the text encoder's attention and MLP as well; its embeddings are then not cached."""
+
+    start: str | None = None
+    """A LoRA to go on from, in place of a fresh one: a file of any dialect, or NAME@VERSION in
+    `registry`. Its rank and modules must be those asked for here."""
 
     @property
     def scale(self) -> float:
@@ -98,10 +151,22 @@ class LoRAConfig(_Strict):
 
 
 class OptimizerConfig(_Strict):
-    """AdamW."""
+    """How weights follow gradients."""
 
-    learning_rate: float = Field(1e-4, gt=0)
-    """Peak rate, for the global batch as it is: it is not scaled with the number of devices."""
+    name: Literal["adamw", "prodigy"] = "adamw"
+    """adamw, with decoupled weight decay; or prodigy, which finds the learning rate by itself and
+    needs half as much memory again for the LoRA."""
+
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak rate, for the global batch as it is: it is not scaled with the number of devices.
+    Default: 1e-4; with prodigy 1, a factor of what it finds."""
+
+    text_encoder_learning_rate: float | None = Field(None, gt=0)
+    """Peak rate of the text encoder's LoRA; default: the same. Only with adamw."""
+
+    lora_plus_ratio: float = Field(1.0, gt=0)
+    """How much faster the up matrices learn than the down matrices (LoRA+); 4 to 16 is usual. Only
+    with adamw."""
 
     schedule: Literal["constant", "linear", "cosine", "polynomial"] = "cosine"
     """constant, or from the peak to zero at the end: a line, half a cosine, or a parabola."""
@@ -110,19 +175,55 @@ class OptimizerConfig(_Strict):
     """Steps of linear rise to the peak."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's two moments."""
+    """Decay of the two moments."""
 
     eps: float = Field(1e-8, gt=0)
-    """AdamW's smallest divisor."""
+    """Smallest divisor."""
 
     weight_decay: float = Field(1e-2, ge=0)
-    """Share of each weight taken off per step, times the learning rate."""
+    """Share of each weight taken off per step, times the learning rate; of all trained weights,
+    biases and normalisations too where those are trained."""
 
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients longer than this are shortened to it."""
+    """Gradients longer than this, over all weights together, are shortened to it."""
 
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Average of the weights over steps, saved in their place; 0 saves the weights themselves."""
+    """Average of the weights over steps, saved and judged in their place; 0 is none."""
+
+    @property
+    def peak(self) -> float:
+        """The learning rate that is meant."""
+        return self.learning_rate or (1.0 if self.name == "prodigy" else 1e-4)
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> OptimizerConfig:
+        if self.name == "prodigy" and (
+            self.text_encoder_learning_rate or self.lora_plus_ratio != 1
+        ):
+            raise ValueError(
+                "prodigy finds one rate for everything; take `text_encoder_learning_rate` and "
+                "`lora_plus_ratio` away, or use adamw"
+            )
+        return self
+
+
+class SamplesConfig(_Strict):
+    """Pictures that are drawn during training, into the run's folder."""
+
+    prompts: tuple[str, ...] = Field(min_length=1)
+    """What to draw; the pictures of one time are one file."""
+
+    every: int = Field(gt=0)
+    """Images seen between two times."""
+
+    seed: int = Field(0, ge=0)
+    """Of the first picture; each further one takes the next, the same every time."""
+
+    steps: int = Field(20, ge=1)
+    """Of the solver."""
+
+    scale: float = 4.0
+    """Classifier-free guidance."""
 
 
 class RunConfig(_Strict):
@@ -166,11 +267,37 @@ class RunConfig(_Strict):
     """Noise of this strength that is the same over a whole channel, so that very dark and very
     bright pictures can be learned; 0.05 to 0.1 is usual, 0 is none."""
 
+    zero_terminal_snr: bool = False
+    """Noise that leaves nothing of the image at the last timestep, so that very dark and very
+    bright pictures can be drawn; only for models that predict v. Weighs little with min-SNR."""
+
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """What the frozen networks compute in; the LoRA and all sums over devices are fp32 in any
+    case. auto: fp16 on Ascend, fp32 on CPU."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: a third slower, far
+    less memory."""
+
     seed: int = Field(0, ge=0, lt=2**63)
     """Everything random follows from it."""
 
     output: str = "runs"
     """Folder in which the run's own folder is made."""
+
+    cache: str | None = "runs/cache"
+    """Folder of latents and text embeddings, kept between runs; null computes them at every
+    step."""
+
+    validate_every: int | None = Field(None, gt=0)
+    """Images seen between two measurements of the validation loss; default: only before and after.
+    The best is what gets published."""
+
+    patience: int | None = Field(None, ge=1)
+    """Stop when so many validations in a row were no better than the best."""
+
+    samples: SamplesConfig | None = None
+    """Pictures to draw during training."""
 
     registry: str | None = None
     """Where the LoRA is published when training is done; null does not publish."""
@@ -179,7 +306,7 @@ class RunConfig(_Strict):
     """Steps between checkpoints, from which `lora-launch --resume` goes on."""
 
     keep_checkpoints: int = Field(2, ge=1)
-    """How many of the last checkpoints stay."""
+    """How many of the last checkpoints stay; the best by validation loss does in any case."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -189,84 +316,10 @@ class RunConfig(_Strict):
             )
         if self.base.initialise and (self.train != "all" or self.base.model is None):
             raise ValueError("`base.initialise` needs `train: all` and `base.model`")
+        if self.patience and not (self.validate_every and self.data.validation):
+            raise ValueError("`patience` needs `validate_every` and `data.validation`")
+        if self.validate_every and not self.data.validation:
+            raise ValueError("`validate_every` needs `data.validation`, a folder of images")
+        if self.train == "all" and self.precision in ("fp16", "bf16"):
+            raise ValueError("`train: all` is done in fp32; take `precision` away")
         return self
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `key=value` overrides (dotted keys) and check the result.
-
-    Raises ConfigError: the file or key, what was expected and found, and the nearest known key
-    for an unknown one.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such config file; check the path")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: expected YAML, found a syntax error: {reason}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    for override in overrides:
-        _override(values, override)
-    try:
-        return RunConfig.model_validate(_scientific(values))
-    except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"{path}: " + "; ".join(problems)) from error
-
-
-def dump_config(config: RunConfig) -> str:
-    """The config as YAML that `load_config` reads back to an equal value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set {override!r}: expected key=value, for example --set lora.rank=8")
-    *parents, leaf = key.split(".")
-    for depth, parent in enumerate(parents):
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            inner = ".".join(parents[: depth + 1])
-            raise ConfigError(f"--set {override!r}: `{inner}` is a value, not a section")
-    try:
-        values[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML; quote it") from error
-
-
-_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-
-
-def _scientific(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string; everybody means the number."""
-    if isinstance(value, dict):
-        return {key: _scientific(item) for key, item in value.items()}
-    if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
-        return float(value)
-    return value
-
-
-def _explain(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = list(_schema_at(location[:-1]))
-        near = difflib.get_close_matches(location[-1], known, 1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key `{key}`; {hint}"
-    if problem["type"] == "missing":
-        return f"`{key}` is missing; add it"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    return f"`{key}`: {message}, found {problem['input']!r}" if key else message
-
-
-def _schema_at(location: Sequence[str]) -> dict[str, Any]:
-    fields: dict[str, Any] = RunConfig.model_fields
-    for part in location:
-        fields = fields[part].annotation.model_fields
-    return fields

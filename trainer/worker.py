@@ -24,7 +24,8 @@ from diffusion.lora import inject, lora_masks, lora_parameters
 from diffusion.tokenizer import Tokenizer, clip_vocabulary
 from trainer import artifact, checkpoint
 from trainer.batches import Batch, Sampling, training_batch, validation_batch
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig
+from trainer.config_file import load_config
 from trainer.data import EncodedData, encode
 from trainer.distributed import Group
 from trainer.events import Events, write_error, write_json

@@ -11,7 +11,7 @@ import launcher.job
 from cluster.devices import Machine
 from launcher.errors import LaunchError
 from launcher.job import Job, Request, prepare, write
-from trainer.config import load_config
+from trainer.config_file import load_config
 
 NOW = datetime(2025, 1, 2, 3, 4, 5)
 

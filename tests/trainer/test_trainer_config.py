@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import ConfigError, dump_config, load_config
+from trainer.config import ConfigError
+from trainer.config_file import dump_config, load_config
 
 CONFIG = {
     "name": "my-style",
@@ -29,7 +30,7 @@ def test_what_is_left_out_has_a_default_and_one_folder_is_a_list_of_one(path: Pa
     config = load_config(path)
     assert config.lora.rank == 4
     assert config.lora.scale == 1
-    assert config.data.train == ("images",)
+    assert [one.folder for one in config.data.train] == ["images"]
 
 
 def test_overrides_reach_into_sections_and_read_scientific_numbers(path: Path) -> None:

@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from diffusion.config import ModelConfigError
-from trainer.config import ConfigError, RunConfig, load_config
+from trainer.config import ConfigError, RunConfig
+from trainer.config_file import load_config
 from trainer.plan import batch_split, make_plan, open_run_base
 from weights.base import NETWORK_FILES, combined_digest
 from weights.files import WeightsError
