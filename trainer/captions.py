@@ -170,7 +170,7 @@ def _fault(path: Path) -> str | None:
     if os.path.isdir(path):
         return "expected an image, found a folder; rename or remove it"
     if not os.path.isfile(path):
-        found = "a link to nothing" if path.is_symlink() else "no such file"
+        found = "a link to nothing" if os.path.islink(path) else "no such file"
         return f"expected an image, found {found}; put the image there"
     if not _is_image(path):
         kind = "a mask" if path.name.lower().endswith(_MASK) else f"a {path.suffix} file"

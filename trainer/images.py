@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")  # by content: what else Pillow knows is not tried
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content: what else Pillow knows is not tried
 _MIDDLE = (0.5, 0.5)
 
 # Pillow warns of large photographs, and raises for twice that size.

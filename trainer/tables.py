@@ -59,10 +59,8 @@ def csv_rows(sheet: Path, problems: list[str]) -> Iterator[Row]:
                 f"found {', '.join(columns) or 'nothing'}; correct the line"
             )
     except csv.Error as error:
-        problems.append(
-            f"{sheet}, line {rows.line_num}: expected CSV, found a line that is none ({error}); "
-            "correct it"
-        )
+        where = f"{sheet}, line {rows.reader.line_num}"
+        problems.append(f"{where}: expected CSV, found a line that is none ({error}); correct it")
 
 
 def _text(table: Path, problems: list[str]) -> str:
