@@ -111,8 +111,14 @@ def host_address() -> str:
     return socket.gethostname()
 
 
+_MOST_ON_CPU = 64
+
+
 def _first(count: int, machine: Machine) -> tuple[int, ...]:
-    most = len(machine.device_ids)
+    """The first devices; on CPU more workers than cores can share them, to rehearse a large run."""
+    if machine.device_target == "CPU" and 1 <= count <= _MOST_ON_CPU:
+        return tuple(range(count))
+    most = _MOST_ON_CPU if machine.device_target == "CPU" else len(machine.device_ids)
     if not 1 <= count <= most:
         raise ClusterError(
             f"--devices {count}: this machine has {machine}; "

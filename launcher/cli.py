@@ -22,6 +22,7 @@ class Launch(OneSentenceGroup):
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         run = self.commands["run"]
         run.format_help(click.Context(run, info_name=ctx.info_name), formatter)
+        self.format_commands(ctx, formatter)
 
 
 @click.group(cls=Launch)
@@ -86,7 +87,8 @@ def run(
     """Fine-tune as CONFIG says, one process per device, and publish the LoRA.
 
     Prints NAME@VERSION, or the file if CONFIG names no registry. Exit code: 0 published, 1 a
-    worker failed, 2 bad input, 130 and 143 interrupted.
+    worker failed, 2 bad input, 75 stopped and saved, 130 and 143 interrupted by Ctrl-C or SIGTERM,
+    which save too; --resume goes on.
 
     \b
     Example:
@@ -95,19 +97,27 @@ def run(
       lora-launch --devices 2 --resume runs/emoji-ink-20260101-120000
     """
     # Only here, so that --help does not wait for them.
-    from launcher.errors import Interrupted, RunFailed
+    from launcher.errors import Interrupted, RunFailed, Stopped
     from launcher.job import Request
     from launcher.run import launch
 
     target = None if device_target == "auto" else device_target
     try:
         launch(
-            Request(config, overrides, devices, target, master_port, resume, accept_changes),
-            dry_run=dry_run,
+            Request(
+                config,
+                overrides,
+                devices,
+                target,
+                master_port,
+                resume,
+                accept_changes,
+                dry_run,
+            ),
             as_json=as_json,
         )
-    except Interrupted as interrupted:
-        return _report(interrupted, interrupted.exit_code)
+    except (Interrupted, Stopped) as ended:
+        return _report(ended, ended.exit_code)
     except RunFailed as failure:
         if debug and failure.traceback:
             click.echo(failure.traceback, err=True)
@@ -117,6 +127,44 @@ def run(
             traceback.print_exc()
         return _report(error, 2)
     return 0
+
+
+@main.command("data-check")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a value of CONFIG, such as data.shapes=5; may be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def data_check(config: Path, overrides: Sequence[str], as_json: bool, debug: bool) -> int:
+    """Look at every image and caption of CONFIG, and train nothing.
+
+    Prints sizes, shapes, what is odd, and every file that cannot be trained on. The base's weights
+    need not be there. Exit code: 0 all can be trained on, 2 some cannot.
+
+    \b
+    Example:
+      lora-launch data-check configs/runs/emoji-ink.yaml
+      lora-launch data-check --set data.shapes=5 my.yaml
+    """
+    import json
+
+    from launcher.data_check import check_data
+    from trainer.check import report_text
+
+    try:
+        found = check_data(config, overrides)
+    except _input_errors() as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error, 2)
+    text = json.dumps(found.as_dict(), indent=2) if as_json else report_text(found)
+    click.echo(text)
+    return 2 if found.problems else 0
 
 
 def _input_errors() -> tuple[type[Exception], ...]:

@@ -21,9 +21,17 @@ class RunFailed(Exception):
         self.traceback = traceback
 
 
-class Interrupted(Exception):
-    """A signal ended the run."""
+class Stopped(Exception):
+    """The run ended before its last step, and can go on from a checkpoint of that moment."""
 
-    def __init__(self, number: int):
-        super().__init__(f"interrupted by {signal.Signals(number).name}; nothing was published")
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again later."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run; `saved` says where it can go on, None if it cannot."""
+
+    def __init__(self, number: int, saved: str | None = None):
+        end = saved or "nothing was published"
+        super().__init__(f"interrupted by {signal.Signals(number).name}; {end}")
         self.exit_code = 128 + number

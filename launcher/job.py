@@ -20,7 +20,8 @@ from registry.api import open_registry
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.config_file import dump_config, load_config
-from trainer.plan import Plan, check_images, make_plan
+from trainer.dataset import Scan, dump_scan
+from trainer.plan import Plan, make_plan
 
 WORKER = "trainer.worker"
 _HCCN_CONF = Path("/etc/hccn.conf")
@@ -39,6 +40,8 @@ class Request:
     resume: Path | None = None
     """The folder of the run to go on with."""
     accept_changes: bool = False
+    dry_run: bool = False
+    """Nothing will be started: weights and images need not be at hand."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Job:
 
     config: RunConfig
     plan: Plan
+    data: Scan
     machine: Machine
     device_ids: tuple[int, ...]
     folder: Path
@@ -69,10 +73,10 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
     config = load_config(_config_path(request), request.overrides)
     machine = this_machine(request.device_target)
     device_ids = parse_devices(request.devices, machine)
-    plan = make_plan(config, len(device_ids), machine.device_target)
+    plan, data = make_plan(config, len(device_ids), machine.device_target, request.dry_run)
     if request.resume is not None:
         plan = _resumed(plan, config, request.resume, request.accept_changes)
-    check_images(config)
+    plan = replace(plan, lora_start=_lora_start(config))
     _check_output(config)
     _check_registry(config)
 
@@ -100,6 +104,7 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
     return Job(
         config=config,
         plan=plan,
+        data=data,
         machine=machine,
         device_ids=device_ids,
         folder=folder,
@@ -121,6 +126,7 @@ def write(job: Job) -> None:
     files = {
         "config.yaml": dump_config(job.config),
         "plan.json": json.dumps(job.plan.as_dict(), indent=2) + "\n",
+        "data.json": dump_scan(job.data),
         "command.txt": shlex.join(job.command) + "\n",
         "environment.txt": "".join(f"{k}={v}\n" for k, v in job.environment.items()),
     }
@@ -193,6 +199,25 @@ def _resumed(plan: Plan, config: RunConfig, folder: Path, accept_changes: bool) 
             "more images or epochs, with --accept-changes"
         )
     return replace(plan, start_step=state.step, resume_from=str(path.absolute()))
+
+
+def _lora_start(config: RunConfig) -> str | None:
+    """The file of the LoRA to go on from, fetched from the registry if it is a version there.
+
+    Raises LaunchError or RegistryError.
+    """
+    start = config.lora.start
+    if start is None or config.train != "lora":
+        return None
+    if Path(start).is_file():
+        return str(Path(start).absolute())
+    if config.registry is None:
+        raise LaunchError(
+            f"lora.start: there is no file {start}, and `registry` is null; correct the path, or "
+            "name the registry that has it"
+        )
+    file, _ = open_registry(config.registry).fetch(start)
+    return str(file.absolute())
 
 
 def _check_output(config: RunConfig) -> None:

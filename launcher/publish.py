@@ -19,8 +19,12 @@ class Result:
 
     artifact: str
     validation_loss: dict[str, float] | None
+    published_step: int
+    """The step whose weights are published: the best by validation loss."""
     images: int
     steps: int
+    skipped_steps: int
+    """Steps that changed nothing because the gradient was not finite."""
     trained_parameters: int
     synced_bytes: int
     """Bytes that one device puts into the all-reduce of one step."""
@@ -29,13 +33,12 @@ class Result:
     base_digest: str
     data_digest: str
     seconds: dict[str, float]
-    """"total", and of that "training": the steps after the first."""
+    """"total", and of that "training": the steps, but for those that compiled first."""
+    images_per_second: float
+    """Of those steps."""
+    peak_memory_bytes: int
+    """Resident memory of rank 0 at its highest."""
     versions: dict[str, str]
-
-    @property
-    def images_per_second(self) -> float:
-        """Speed of the steps after the first, which compiles."""
-        return self.images * (self.steps - 1) / self.steps / self.seconds["training"]
 
 
 def read_result(attempt: Path) -> Result:

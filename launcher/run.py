@@ -14,9 +14,7 @@ from launcher.supervise import supervise
 from launcher.words import dry_run_json, dry_run_text, plan_text, result_text
 
 
-def launch(
-    request: Request, *, dry_run: bool = False, as_json: bool = False, worker: str = WORKER
-) -> None:
+def launch(request: Request, *, as_json: bool = False, worker: str = WORKER) -> None:
     """Run what is requested; the module `worker` is started on each device.
 
     The plan, progress and summary go to stderr, the result to stdout. Raises the rooms' own
@@ -24,7 +22,7 @@ def launch(
     """
     job = prepare(request, datetime.now(timezone.utc), worker)
     _tell(plan_text(job))
-    if dry_run:
+    if request.dry_run:
         if as_json:
             print(json.dumps(dry_run_json(job), indent=2))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -9,22 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from launcher.errors import Interrupted, RunFailed
+from launcher.errors import Interrupted, RunFailed, Stopped
 from launcher.events import RankError, first_error, new_events
 from launcher.job import Job
 from launcher.processes import RunProcesses
 from launcher.progress import Progress
 
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 30.0
+"""For the step under way and its checkpoint; a second signal cuts it short."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def supervise(job: Job, progress: Progress) -> None:
     """Start the job and return when msrun has ended well and the result is there.
 
-    Raises RunFailed with the rank that failed first, or Interrupted after a signal. In every case
-    no process of the run is left.
+    Raises RunFailed with the rank that failed first, Interrupted after a signal, or Stopped if a
+    worker was asked to end by somebody else. In every case no process of the run is left.
     """
     logs = job.attempt / "logs"
     with _received_signals() as signals:
@@ -47,10 +49,12 @@ def _watch(job: Job, processes: RunProcesses, progress: Progress, signals: list[
             progress.show(event)
         if signals:
             _stop(processes, progress, signals)
-            raise Interrupted(signals[0])
+            raise Interrupted(signals[0], saved_text(job))
         if failure := _failure(job.attempt, processes, msrun_exit):
             raise failure
         if msrun_exit == 0:
+            if saved := saved_text(job):
+                raise Stopped(f"a worker was asked to end; {saved}")
             return
         time.sleep(_POLL_SECONDS)
 
@@ -68,9 +72,22 @@ def _failure(attempt: Path, processes: RunProcesses, msrun_exit: int | None) -> 
         return RunFailed(exit_text(member.name, code, logs / file))
     if msrun_exit:
         return RunFailed(exit_text("msrun", msrun_exit, logs / "msrun.log"))
-    if msrun_exit == 0 and not (attempt / "result.json").is_file():
+    ended = (attempt / "result.json").is_file() or (attempt / "stopped.json").is_file()
+    if msrun_exit == 0 and not ended:
         return RunFailed(f"training ended without a result; see {logs}")
     return None
+
+
+def saved_text(job: Job) -> str | None:
+    """Where the run stopped and how it goes on; None if it did not stop with a checkpoint."""
+    try:
+        stopped = json.loads((job.attempt / "stopped.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return (
+        f"saved after step {stopped['step']} of {stopped['steps']}; go on with: lora-launch "
+        f"--devices {','.join(map(str, job.device_ids))} --resume {job.folder}"
+    )
 
 
 def rank_failure(error: RankError, log: Path) -> RunFailed:

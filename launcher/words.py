@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.job import Job
 from launcher.publish import Result
+from trainer.plan import Plan
 
 
 def plan_text(job: Job) -> str:
@@ -34,27 +35,66 @@ def plan_text(job: Job) -> str:
         f"{plan.validation_examples} held-out images" if plan.validation_examples else "none"
     )
     published = f"{config.name} in {config.registry}, as its next version"
+    per_step = "step" if plan.devices == 1 else f"step, over all {plan.devices} devices"
     rows = {
         "base": f"{plan.model}, {config.base.weights} ({plan.base})",
         "trained": trained,
         "all-reduced": synced,
-        "images": f"{plan.examples:,}, seen {plan.epochs:.4g} times: {plan.images:,} samples",
+        "images": _images_text(plan),
+        **_shapes_row(plan),
+        **_cache_row(job),
         "validation": validation,
         "global batch": (
-            f"{plan.global_batch} = {plan.devices} device{'' if plan.devices == 1 else 's'} × "
-            f"{plan.micro_batch} images × {plan.accumulation} accumulation"
+            f"{plan.global_batch} images a {per_step} = {plan.devices} × "
+            f"{plan.micro_batch} at once × {plan.accumulation} accumulated"
         ),
         "steps": f"{plan.steps:,}"
         + (f", of which {plan.start_step:,} are done" if plan.start_step else ""),
-        "learning rate": f"{plan.learning_rate:g}, {plan.schedule}{warm}",
+        "learning rate": f"{plan.learning_rate:g}, {plan.schedule}{warm}; {optimizer.name}",
+        "weight decay": (
+            f"{optimizer.weight_decay:g}, on "
+            + ("all LoRA matrices" if plan.train == "lora" else "every weight")
+        ),
+        "precision": (
+            "fp32"
+            if plan.precision == "fp32"
+            else f"{plan.precision}, with the LoRA and its gradients in fp32"
+        ),
         "devices": (
             f"{job.machine.device_target} {', '.join(map(str, job.device_ids))}; "
             f"port {job.msrun.master_port}; {job.environment['OMP_NUM_THREADS']} threads each"
+            + (
+                f"; {plan.devices} workers share {job.machine.cores} cores"
+                if job.machine.device_target == "CPU" and plan.devices > job.machine.cores
+                else ""
+            )
         ),
         "run folder": str(job.folder),
         "published as": published if config.registry else "not published",
     }
     return "\n".join([f"plan of {plan.name}", *table(rows)])
+
+
+def _images_text(plan: Plan) -> str:
+    if not plan.examples:
+        return f"not at hand; {plan.steps:,} steps" if plan.steps else "not at hand"
+    text = f"{plan.examples:,}, {plan.epochs:.4g} epochs: {plan.images:,} samples"
+    if plan.repeated:
+        text += f"; {plan.repeated:,} in each epoch again, to fill up batches of one shape"
+    return text + (f"; {plan.notes} remarks, see lora-launch data-check" if plan.notes else "")
+
+
+def _shapes_row(plan: Plan) -> dict[str, str]:
+    if len(plan.shapes) < 2:
+        return {}
+    return {"shapes": ", ".join(f"{w} × {h} ({n:,})" for w, h, n in plan.shapes)}
+
+
+def _cache_row(job: Job) -> dict[str, str]:
+    if job.plan.cached is None:
+        return {"cache": "none: latents are computed at every step"}
+    there, needed = job.plan.cached
+    return {"cache": f"{job.config.cache}, has {there:,} of {needed:,} images"}
 
 
 def dry_run_text(job: Job) -> str:
@@ -88,16 +128,21 @@ def result_text(job: Job, result: Result, reference: str | None) -> str:
     if result.validation_loss:
         base, lora = result.validation_loss["base"], result.validation_loss["lora"]
         rows["validation loss"] = f"{base:.4f} → {lora:.4f} ({lora / base - 1:+.1%})"
+        if result.published_step < result.steps:
+            rows["validation loss"] += f", best at step {result.published_step} of {result.steps}"
     rows["time"] = (
         f"{clock(result.seconds['total'])}, of that training {clock(result.seconds['training'])}, "
         f"{result.images_per_second:.3g} images/s"
     )
+    rows["memory"] = f"{result.peak_memory_bytes / 1e9:.1f} GB at most, on rank 0"
+    if result.skipped_steps:
+        rows["skipped"] = f"{result.skipped_steps} steps whose gradient was not finite"
     digest = result.rank_digests[0][:12]
     count = len(result.rank_digests)
     if count > 1:
         rows["weights"] = f"equal on all {count} ranks, sha256 {digest}…"
         rows["all-reduced"] = f"{result.synced_bytes:,} bytes each step"
-    rows["file"] = str(job.folder / "attempt_1" / result.artifact)
+    rows["file"] = str(job.folder / job.attempt.name / result.artifact)
     if reference:
         rows["published as"] = f"{reference} in {job.config.registry}"
     return "\n".join([f"result of {job.plan.name}", *table(rows)])

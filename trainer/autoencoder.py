@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -24,10 +25,11 @@ from diffusion.models import in_batches
 from diffusion.randomness import generator
 from diffusion.vae import AutoencoderKL
 from trainer.artifact import save_base
-from trainer.batches import sample_order
+from trainer.captions import listed
+from trainer.config import OptimizerConfig
 from trainer.data import Encode
-from trainer.images import find_examples, read_images
-from trainer.optimizer import FlatAdamW, flatten, learning_rate
+from trainer.images import DataError, read_image
+from trainer.optimizer import AdamW, flatten, learning_rate
 
 KL_WEIGHT = 1e-5
 SHOWN = 64
@@ -48,15 +50,14 @@ class Loss(nn.Cell):
 
 
 class Step(nn.Cell):
-    def __init__(self, loss: Loss, optimizer: FlatAdamW):
+    def __init__(self, loss: Loss, optimizer: AdamW):
         super().__init__(auto_prefix=False)
         self.optimizer = optimizer
         self.gradients = ops.value_and_grad(loss, None, ms.ParameterTuple(optimizer.trained))
 
-    def construct(self, images, noise, rate, correction1, correction2, decay):
+    def construct(self, images, noise, rate, decay):
         loss, gradients = self.gradients(images, noise)
-        norm = self.optimizer(flatten(gradients), rate, correction1, correction2, decay)
-        return ops.depend(loss, norm)
+        return ops.depend(loss, self.optimizer(flatten(gradients), rate, decay))
 
 
 @click.command()
@@ -81,10 +82,10 @@ def main(
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_seed(seed)
     config = load_model_config(model)
-    examples = [example for folder in images for example in find_examples(folder)]
-    pixels = read_images(examples, config.resolution)
+    pixels = _pixels(images, config.resolution)
     vae = AutoencoderKL(config.vae)
-    optimizer = FlatAdamW(vae.trainable_params(), (0.9, 0.99), 1e-8, 0.0, 1.0)
+    options = OptimizerConfig(betas=(0.9, 0.99), weight_decay=0)
+    optimizer = AdamW(vae.trainable_params(), options)
     step = Step(Loss(vae), optimizer)
     size = config.resolution // config.vae.factor
     shape = (batch, config.vae.latent_channels, size, size)
@@ -92,11 +93,10 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
 
     for number in range(steps):
-        chosen = sample_order(seed, len(examples), number * batch, batch)
+        chosen = _rows(seed, len(pixels), number * batch, batch)
         noise = generator(seed, "noise", number).standard_normal(shape, np.float32)
         scalars = (
             learning_rate(number, steps, rate, WARMUP, "cosine"),
-            *optimizer.corrections(number + 1),
             min(0.999, (1 + number) / (10 + number)),
         )
         loss = step(
@@ -108,11 +108,9 @@ def main(
             pace = (number + 1) / (time.monotonic() - started)
             left = (steps - number - 1) / pace / 60
             log.info("step %d loss %.4f  %.2f steps/s  %.0f min left", number, smoothed, pace, left)
-    averages = np.split(optimizer.average.asnumpy(), np.cumsum(optimizer.sizes)[:-1])
-    for parameter, average in zip(optimizer.trained, averages, strict=True):
-        parameter.set_data(Tensor(average.reshape(parameter.shape)))
+    optimizer.set_weights(optimizer.average.asnumpy())
     save_base(out, {"vae": {p.name: p.asnumpy() for p in vae.get_parameters()}})
-    shown = pixels[sample_order(seed + 1, len(examples), 0, SHOWN)]
+    shown = pixels[_rows(seed + 1, len(pixels), 0, SHOWN)]
     latents = in_batches(Encode(vae), shown, batch)[:, : config.vae.latent_channels]
     decoded = np.clip(in_batches(vae, latents, batch), -1, 1)
     log.info("reconstruction PSNR %.2f dB", 10 * np.log10(4 / ((decoded - shown) ** 2).mean()))
@@ -121,6 +119,24 @@ def main(
     pixels_out = ((sheet.transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8)
     Image.fromarray(pixels_out).save(out / "reconstructions.png")
     click.echo(f"{1 / latents.std():.5f}")
+
+
+def _pixels(folders: Sequence[str], resolution: int) -> np.ndarray:
+    """All images of the folders as float32 (n, 3, resolution, resolution) in [-1, 1].
+
+    Raises DataError, with a line for each fault of a folder.
+    """
+    listings = [listed(Path(folder)) for folder in folders]
+    if problems := [problem for listing in listings for problem in listing.problems]:
+        raise DataError("\n".join(problems))
+    paths = [path for listing in listings for path, _ in listing.rows]
+    return np.stack([read_image(path, (resolution, resolution)) for path in paths])
+
+
+def _rows(seed: int, length: int, first: int, count: int) -> list[int]:
+    """The images of samples `first` … `first + count - 1`, every epoch in another order."""
+    places = (divmod(number, length) for number in range(first, first + count))
+    return [int(generator(seed, "order", e).permutation(length)[place]) for e, place in places]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Checkpoints of a run: everything that the next step depends on, and nothing of the base.
 
-A safetensors file of four flat float32 vectors (weights, their average, AdamW's two moments), so
-about four times the LoRA's size. What a sample shows follows from its number, so no state of a
-random generator is needed. Needs no MindSpore.
+A safetensors file of flat float32 vectors: with AdamW the weights, their average and two moments,
+so about four times the LoRA's size, and a few scalars. What a sample shows follows from its number,
+so no state of a random generator is needed. Needs no MindSpore.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,37 @@ from trainer.config import RunConfig
 from weights import files
 from weights.files import WeightsError
 
-FORMAT_VERSION = 1
-VECTORS = ("weights", "average", "moment1", "moment2")
+FORMAT_VERSION = 2
 _HEADER = "ascend_lora_checkpoint"
 _NAME = re.compile(r"step_(\d{8})\.safetensors")
 
-_FREE = {"output", "registry", "micro_batch", "save_every", "keep_checkpoints"}
-"""Config keys that do not change what is computed."""
+_FREE = re.compile(
+    r"output|registry|cache|micro_batch|gradient_checkpointing|save_every|keep_checkpoints"
+    r"|validate_every|patience|samples.*|base\.weights|data\.validation|data\.train\.\d+\.folder"
+)
+"""Config keys that do not change what is computed, or that digests speak for."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation losses so far; each None while nothing was measured."""
+
+    before: float | None = None
+    """Of the base."""
+    last: float | None = None
+    best: float | None = None
+    best_step: int | None = None
+    """Not counting the base."""
+    not_better: int = 0
+    """How many in a row were no better than the best."""
+
+    def with_loss(self, loss: float, step: int) -> Validation:
+        """With one more measurement; the first, at step 0, is of the base."""
+        if step == 0:
+            return Validation(before=loss, last=loss)
+        if self.best is None or loss < self.best:
+            return Validation(self.before, loss, loss, step)
+        return replace(self, last=loss, not_better=self.not_better + 1)
 
 
 @dataclass(frozen=True)
@@ -42,22 +66,29 @@ class State:
     config: Mapping[str, Any]
     base_digest: str
     data_digest: str
-    validation_loss_before: float | None
     seconds: float
     """Of training, over all attempts."""
+    validation: Validation
     format_version: int = FORMAT_VERSION
 
 
 def save(folder: Path, state: State, vectors: Mapping[str, np.ndarray], keep: int) -> Path:
-    """Write the checkpoint of a step, whole or not at all, then remove all but the last `keep`.
+    """Write the checkpoint of a step, whole or not at all; the last `keep` and the best stay.
 
     Raises WeightsError if the disk is full; the ones before are then still there.
     """
-    path = folder / f"step_{state.step:08d}.safetensors"
+    path = path_of(folder, state.step)
     files.dump(path, vectors, {_HEADER: json.dumps(asdict(state))})
+    best = state.validation.best_step
     for old in all_of(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+        if best is None or old != path_of(folder, best):
+            old.unlink(missing_ok=True)
     return path
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"step_{step:08d}.safetensors"
 
 
 def all_of(folder: Path) -> list[Path]:
@@ -81,13 +112,14 @@ def read_state(path: Path) -> State:
     try:
         values = json.loads(file.metadata[_HEADER])
         parameters = tuple((str(name), int(size)) for name, size in values.pop("parameters"))
-        state = State(parameters=parameters, **values)
-        sizes = {file.entries[name].shape for name in VECTORS}
+        validation = Validation(**values.pop("validation"))
+        state = State(parameters=parameters, validation=validation, **values)
+        size = file.entries["weights"].shape
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{path}: expected a checkpoint of this program, found another file; name another one"
         ) from error
-    if state.format_version != FORMAT_VERSION or sizes != {(sum(s for _, s in parameters),)}:
+    if state.format_version != FORMAT_VERSION or size != (sum(s for _, s in parameters),):
         raise WeightsError(
             f"{path}: this checkpoint is of format {state.format_version}, or does not fit itself; "
             "resume with the version that wrote it"
@@ -96,7 +128,7 @@ def read_state(path: Path) -> State:
 
 
 def read_vectors(path: Path) -> dict[str, np.ndarray]:
-    """The four vectors, by name, float32."""
+    """The vectors, by name, float32."""
     return files.load(path)
 
 
@@ -105,9 +137,7 @@ def changes(state: State, config: RunConfig, base_digest: str, data_digest: str)
     found = []
     before, now = _flat(state.config), _flat(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
-        if key.partition(".")[0] in _FREE or key == "base.weights":
-            continue
-        if before.get(key) != now.get(key):
+        if not _FREE.fullmatch(key) and before.get(key) != now.get(key):
             found.append(f"{key} was {before.get(key)!r}, is {now.get(key)!r}")
     if state.base_digest != base_digest:
         found.append(f"the base was {state.base_digest[:12]}…, is {base_digest[:12]}…")
@@ -119,6 +149,8 @@ def changes(state: State, config: RunConfig, base_digest: str, data_digest: str)
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key}.")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import mindspore as ms
 import numpy as np
@@ -41,11 +42,22 @@ class Group:
             return array
         return self._sum(Tensor(array.astype(np.float32))).asnumpy()
 
-    def gather(self, rows: np.ndarray, count: int) -> np.ndarray:
-        """All `count` rows from the processes that hold their `share` of them.
+    def gather(self, row: np.ndarray) -> np.ndarray:
+        """The row (n,) of every process, (world_size, n) float32, on all of them.
 
-        Each adds its rows into zeros, which is exact; it costs little because it happens once.
+        Each adds its own into zeros, which is exact; it costs little because it is seldom done.
         """
-        table = np.zeros((count, *rows.shape[1:]), np.float32)
-        table[self.share(count)] = rows
+        table = np.zeros((self.world_size, len(row)), np.float32)
+        table[self.rank_id] = row
         return self.sum(table)
+
+    def agreed(self, numbers: Sequence[int], below: int) -> list[int]:
+        """The numbers, ascending and less than `below`, that process 0 has, on all of them."""
+        marks = np.zeros(below, np.float32)
+        if self.rank_id == 0:
+            marks[list(numbers)] = 1
+        return [int(number) for number in np.flatnonzero(self.sum(marks))] if below else []
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.sum(np.zeros(1, np.float32))

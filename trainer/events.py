@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ class Events:
     def phase(self, name: str) -> None:
         """The run enters a phase ("loading base", "training", …)."""
         self.emit("phase", phase=name)
+
+    def cache(self, kind: str) -> Callable[[int, int], None]:
+        """What reports how many of the missing images or captions are cached by now."""
+        started = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            seconds = time.monotonic() - started
+            self.emit("cache", kind=kind, done=done, total=total, seconds=seconds)
+
+        return report
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from trainer.batches import Batch
-from trainer.optimizer import FlatAdamW, flatten
+from trainer.optimizer import Optimizer, flatten
+
+FIRST_SCALE = 65536.0
+GROW_AFTER = 2000
+"""The loss scale doubles after so many steps without overflow, and halves at each overflow."""
 
 
 class DiffusionLoss(nn.Cell):
-    """Weighted mean squared error of the prediction, in float32: mean over C, H, W, then batch.
+    """Weighted squared error of each sample's prediction (batch,), in float32: mean over C, H, W.
 
-    With a text encoder `text` is token ids, without one hidden states.
+    With a text encoder `text` is token ids, without one hidden states; `weights` has the shape of
+    `target`, so that a sample, a timestep and a part of the picture can each count differently.
     """
 
     def __init__(self, unet: nn.Cell, text_encoder: nn.Cell | None):
@@ -29,45 +35,61 @@ class DiffusionLoss(nn.Cell):
         if self.text_encoder is not None:
             text = self.text_encoder(text)
         error = self.unet(noisy, timesteps, text) - target
-        return ((error * error).mean((1, 2, 3)) * weights).mean()
+        return (error * error * weights).mean((1, 2, 3))
+
+
+class _Scaled(nn.Cell):
+    """The mean loss times the loss scale, and the mean loss."""
+
+    def __init__(self, loss: DiffusionLoss):
+        super().__init__(auto_prefix=False)
+        self.loss = loss
+
+    def construct(self, scale: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        loss = self.loss(*batch).mean()
+        return loss * scale, loss
 
 
 class Gradient(nn.Cell):
-    """The gradient of all trained parameters and the loss, in one flat vector."""
+    """The scaled gradient of all trained parameters and the loss, in one flat vector."""
 
     def __init__(self, loss: DiffusionLoss, trained: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
-        self.loss = loss
-        self.value_and_grad = ops.value_and_grad(loss, None, ms.ParameterTuple(trained))
+        self.value_and_grad = ops.value_and_grad(
+            _Scaled(loss), None, ms.ParameterTuple(trained), has_aux=True
+        )
 
-    def construct(self, *batch: Tensor) -> Tensor:
-        loss, gradients = self.value_and_grad(*batch)
+    def construct(self, scale: Tensor, *batch: Tensor) -> Tensor:
+        (_, loss), gradients = self.value_and_grad(scale, *batch)
         return ops.concat((flatten(gradients), loss.reshape(1)))
 
 
 class Accumulate(nn.Cell):
     """Adds a micro-batch's vector to a buffer."""
 
-    def __init__(self, gradient: Gradient, buffer: Parameter):
+    def __init__(self, gradient: Gradient, buffer: Parameter, scaling: Parameter):
         super().__init__(auto_prefix=False)
         self.gradient = gradient
         self.buffer = buffer
+        self.scaling = scaling
 
     def construct(self, *batch: Tensor) -> Tensor:
-        return ops.assign_add(self.buffer, self.gradient(*batch))
+        return ops.assign_add(self.buffer, self.gradient(self.scaling[0], *batch))
 
 
 class Update(nn.Cell):
     """The last micro-batch of a step: adds the buffer, all-reduces once, clips and updates.
 
-    The one vector that the processes exchange holds the gradient and, last, the loss.
+    The one vector that the processes exchange holds the gradient, the loss, and how many of them
+    were asked to stop. Whether it overflowed is seen in its sum: infinity and NaN survive that.
     """
 
     def __init__(
         self,
         gradient: Gradient,
-        optimizer: FlatAdamW,
+        optimizer: Optimizer,
         buffer: Parameter | None,
+        scaling: Parameter,
         micro_batches: int,
         world_size: int,
     ):
@@ -75,53 +97,97 @@ class Update(nn.Cell):
         self.gradient = gradient
         self.optimizer = optimizer
         self.buffer = buffer
+        self.scaling = scaling
         self.micro_batches = micro_batches * world_size
         self.all_reduce = ops.AllReduce() if world_size > 1 else None
 
     def construct(self, scalars: Tensor, *batch: Tensor) -> Tensor:
-        """`scalars`: learning rate, 1 − β₁ⁱ, 1 − β₂ⁱ, EMA decay. Returns (loss, gradient norm)."""
-        vector = self.gradient(*batch)
+        """`scalars`: learning rate, EMA decay, growth of the loss scale, stop; see Outcome."""
+        scale = self.scaling[0]
+        vector = self.gradient(scale, *batch)
         if self.buffer is not None:
             vector = vector + self.buffer
             ops.assign(self.buffer, ops.zeros_like(self.buffer))
+        vector = ops.concat((vector, scalars[3:]))
         if self.all_reduce is not None:
             vector = self.all_reduce(vector)
-        vector = vector / self.micro_batches
-        norm = self.optimizer(vector[:-1], scalars[0], scalars[1], scalars[2], scalars[3])
-        return ops.stack((vector[-1], norm))
+        gradient = vector[:-2] / (self.micro_batches * scale)
+        norm, applied, rate = self.optimizer(gradient, scalars[0], scalars[1])
+        # Overflow: half the scale, and count anew; long enough without: double, and count anew.
+        good = applied * (self.scaling[1] + 1)
+        grown = (good >= GROW_AFTER).astype(good.dtype)
+        factor = (1 + grown) * (0.5 + 0.5 * applied)
+        new_scale = scale + scalars[2] * (scale * factor - scale)
+        ops.assign(self.scaling, ops.stack((new_scale, good * (1 - grown))))
+        loss = vector[-2] / self.micro_batches
+        return ops.stack((loss, norm, applied, rate, scale, vector[-1]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step came to, on all devices together."""
+
+    loss: float
+    gradient_norm: float
+    applied: bool
+    """False if loss or gradient were not finite: then nothing was changed."""
+    learning_rate: float
+    """In effect; with Prodigy the one that it found."""
+    loss_scale: float
+    stop: bool
+    """A process was asked to stop."""
 
 
 class TrainStep:
-    """Runs the micro-batches of one optimizer step; compiles on first use."""
+    """Runs the micro-batches of one optimizer step; compiles for each shape on first use."""
 
     def __init__(
         self,
         loss: DiffusionLoss,
-        optimizer: FlatAdamW,
+        optimizer: Optimizer,
         masks: Sequence[Parameter],
         accumulation: int,
         world_size: int,
+        scaled: bool = False,
     ):
         self.optimizer = optimizer
         self.masks = masks
+        self.synced_bytes = 4 * (optimizer.size + 2)
+        self.scaled = scaled
+        first = FIRST_SCALE if scaled else 1.0
+        self.scaling = Parameter(
+            Tensor([first, 0.0], ms.float32), name="scaling", requires_grad=False
+        )
         gradient = Gradient(loss, optimizer.trained)
-        self.synced_bytes = 4 * (optimizer.size + 1)
         buffer = None
         if accumulation > 1:
             zeros = np.zeros(optimizer.size + 1, np.float32)
             buffer = Parameter(Tensor(zeros), name="accumulated", requires_grad=False)
-        self.accumulate = Accumulate(gradient, buffer) if accumulation > 1 else None
-        self.update = Update(gradient, optimizer, buffer, accumulation, world_size)
+        self.accumulate = Accumulate(gradient, buffer, self.scaling) if accumulation > 1 else None
+        self.update = Update(gradient, optimizer, buffer, self.scaling, accumulation, world_size)
         self.update.set_train()
 
     def __call__(
-        self, batches: Sequence[Batch], step: int, learning_rate: float, ema_decay: float
+        self,
+        batches: Sequence[Batch],
+        learning_rate: float,
+        ema_decay: float = 0.0,
+        stop: bool = False,
     ) -> Tensor:
-        """Step number `step`, counted from 1. Returns (mean loss, gradient norm) of all devices."""
+        """Starts a step; `outcome` waits for it."""
         for batch in batches[:-1]:
             self.accumulate(*self._inputs(batch))
-        scalars = (learning_rate, *self.optimizer.corrections(step), ema_decay)
+        scalars = (learning_rate, ema_decay, float(self.scaled), float(stop))
         return self.update(Tensor(scalars, ms.float32), *self._inputs(batches[-1]))
+
+    def vectors(self) -> dict[str, np.ndarray]:
+        """Everything that the next step depends on, by name, float32."""
+        return {**self.optimizer.vectors(), "scaling": self.scaling.asnumpy().copy()}
+
+    def restore(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Put back what `vectors` gave."""
+        self.optimizer.restore(vectors)
+        self.scaling.set_data(Tensor(vectors["scaling"]))
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         if batch.masks is not None:
@@ -129,3 +195,9 @@ class TrainStep:
                 mask.set_data(Tensor(values))
         arrays = (batch.noisy, batch.timesteps, batch.text, batch.target, batch.weights)
         return tuple(Tensor(array) for array in arrays)
+
+
+def outcome(values: Tensor) -> Outcome:
+    """What a step returned, once it is done."""
+    loss, norm, applied, rate, scale, stop = (float(value) for value in values.asnumpy())
+    return Outcome(loss, norm, applied == 1, rate, scale, stop > 0)

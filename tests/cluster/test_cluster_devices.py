@@ -24,6 +24,7 @@ UPPER_HALF = Machine("Ascend", (4, 5, 6, 7), 96)
         ("2", CPU, (0, 1)),
         (None, UPPER_HALF, (4, 5, 6, 7)),
         (None, CPU, (0,)),
+        ("4", CPU, (0, 1, 2, 3)),
     ],
 )
 def test_devices_are_parsed(text: str | None, machine: Machine, ids: tuple[int, ...]) -> None:
@@ -33,7 +34,7 @@ def test_devices_are_parsed(text: str | None, machine: Machine, ids: tuple[int, 
 @pytest.mark.parametrize(
     ("text", "machine", "message"),
     [
-        ("4", CPU, "--devices 4: this machine has 2 CPU cores; use at most 2"),
+        ("65", CPU, "--devices 65: this machine has 2 CPU cores; use at most 64"),
         ("0", CPU, "--devices 0: this machine has 2 CPU cores; use at least 1"),
         ("9", SERVER, "this machine has 8 NPUs (0, 1, 2, 3, 4, 5, 6, 7); use at most 8"),
         ("0-3", UPPER_HALF, "there is no device 0, choose among 4, 5, 6, 7"),

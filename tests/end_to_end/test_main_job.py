@@ -36,11 +36,13 @@ class Run:
     def result(self) -> dict[str, Any]:
         return json.loads((self.attempt / "result.json").read_text())
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.attempt / "events.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
     @property
     def losses(self) -> np.ndarray:
-        lines = (self.attempt / "events.jsonl").read_text().splitlines()
-        events = [json.loads(line) for line in lines]
-        return np.array([event["loss"] for event in events if event["event"] == "step"])
+        return np.array([event["loss"] for event in self.events("step")])
 
     @property
     def lora(self) -> dict[str, np.ndarray]:
@@ -64,6 +66,7 @@ def short_run(folder: Path, devices: int, *overrides: str) -> list[str]:
     settings = (
         f"output={folder}",
         f"registry={folder / 'registry'}",
+        f"cache={folder / 'cache'}",
         "epochs=null",
         f"images={STEPS * 16}",
         *overrides,
@@ -88,8 +91,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One worker with all sixteen images."""
-    return launch(tmp_path_factory.mktemp("one"), 1, "micro_batch=16")
+    """One worker with all sixteen images at once, and without caches."""
+    return launch(tmp_path_factory.mktemp("one"), 1, "micro_batch=16", "cache=null")
+
+
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One worker, four times four images."""
+    return launch(tmp_path_factory.mktemp("accumulated"), 1, "micro_batch=4")
 
 
 def test_both_ranks_end_with_the_same_weights_to_the_bit(two: Run) -> None:
@@ -102,34 +111,88 @@ def test_only_the_lora_gradient_and_the_loss_are_all_reduced(two: Run) -> None:
         tensor.size for name, tensor in two.lora.items() if not name.endswith(".alpha")
     )
     assert two.result["trained_parameters"] == parameters
-    assert two.result["synced_bytes"] == 4 * (parameters + 1)
+    assert two.result["synced_bytes"] == 4 * (parameters + 2)
 
 
-def test_two_workers_give_the_loss_curve_of_one(one: Run, two: Run) -> None:
-    assert len(one.losses) == len(two.losses) == STEPS
-    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-5)
-
-
-def test_two_workers_give_the_weights_of_one(one: Run, two: Run) -> None:
-    assert one.lora.keys() == two.lora.keys()
-    difference = sum(float(((one.lora[k] - two.lora[k]) ** 2).sum()) for k in one.lora)
+def same(one: Run, other: Run) -> None:
+    """Loss curves within 1e-5, weights within 1e-4, relative."""
+    assert len(one.losses) == len(other.losses) == STEPS
+    np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
+    assert one.lora.keys() == other.lora.keys()
+    difference = sum(float(((one.lora[k] - other.lora[k]) ** 2).sum()) for k in one.lora)
     size = sum(float((one.lora[k] ** 2).sum()) for k in one.lora)
     assert difference <= 1e-8 * size
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the same run, one of whose workers was killed after a checkpoint."""
-    folder = tmp_path_factory.mktemp("killed")
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "launcher.cli", *short_run(folder, 2, "save_every=2")],
+def test_two_workers_with_caches_give_what_one_gives_without(one: Run, two: Run) -> None:
+    same(one, two)
+    assert not one.events("cache")
+    assert [event["kind"] for event in two.events("cache")][-1] == "captions"
+
+
+def test_four_times_four_images_give_what_sixteen_give(one: Run, accumulated: Run) -> None:
+    same(one, accumulated)
+
+
+def test_the_loss_curve_is_the_committed_one(one: Run) -> None:
+    """Made by this very run; a change of it is a change of what is computed."""
+    curve = json.loads((Path(__file__).parent / "emoji_ink_losses.json").read_text())
+    np.testing.assert_allclose(one.losses, curve["losses"], rtol=1e-4)
+    np.testing.assert_allclose(
+        [event["loss"] for event in one.events("validation")], curve["validation"], rtol=1e-4
+    )
+
+
+def test_a_cache_is_used_again_and_only_what_changed_is_encoded(two: Run, tmp_path: Path) -> None:
+    images = tmp_path / "train"
+    shutil.copytree(ROOT / "assets" / "emoji-ink" / "train", images)
+    with Image.open(images / "ant.png") as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(images / "ant.png")
+    (images / "axe.txt").write_text("ink emoji of hatchet")
+    cache = two.registry.parent / "cache"
+    run = launch(tmp_path, 1, f"data.train={images}", f"cache={cache}", "images=16")
+    filled = [(event["kind"], event["done"], event["total"]) for event in run.events("cache")]
+    assert filled == [("images", 1, 1), ("captions", 1, 1)]
+
+
+def begin(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launcher.cli", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while launcher.poll() is None and not list(folder.glob("*/checkpoints/step_*2.safetensors")):
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the last checkpoint in a run's folder, 0 without one."""
+    steps = [int(path.stem[5:]) for path in folder.glob("checkpoints/step_*.safetensors")]
+    return max(steps, default=0)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, asked to end after a checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+    launcher = begin(*short_run(folder, 2, "save_every=2"))
+    while launcher.poll() is None and not any(map(newest_step, folder.glob("emoji-ink-*"))):
+        time.sleep(0.02)
+    launcher.terminate()
+    _, said = launcher.communicate()
+    assert launcher.returncode == 143, said
+    (run,) = folder.glob("emoji-ink-*")
+    assert f"saved after step {newest_step(run)} of {STEPS}" in said
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(stopped: Path) -> Path:
+    """The same, gone on with until a worker was killed after the next checkpoint."""
+    before = newest_step(stopped)
+    launcher = begin("--devices", "2", "--resume", str(stopped))
+    while launcher.poll() is None and newest_step(stopped) == before:
         time.sleep(0.02)
     workers = [
         process
@@ -140,12 +203,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, said = launcher.communicate()
     assert launcher.returncode == 1
     assert "killed by signal 9" in said
-    (run,) = folder.glob("emoji-ink-*")
-    assert not (run / "attempt_1" / "result.json").exists()
-    return run
+    assert not (stopped / "attempt_2" / "result.json").exists()
+    return stopped
 
 
-def test_a_killed_run_goes_on_to_the_same_weights_to_the_bit(two: Run, killed: Path) -> None:
+def test_a_stopped_and_killed_run_goes_on_to_the_same_weights_to_the_bit(
+    two: Run, killed: Path
+) -> None:
     refused = command("launcher.cli", "--resume", str(killed), "--set", "lora.rank=4", "--dry-run")
     assert refused.returncode == 2
     assert "lora.rank was 16, is 4" in refused.stderr
@@ -153,7 +217,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_to_the_bit(two: Run, killed: P
     done = command("launcher.cli", "--devices", "2", "--resume", str(killed), "--json")
     assert done.returncode == 0, done.stderr
     assert "of which" in done.stderr
-    resumed = Run(killed.parent / "registry", json.loads(done.stdout), killed / "attempt_2")
+    resumed = Run(killed.parent / "registry", json.loads(done.stdout), killed / "attempt_3")
     assert 0 < len(resumed.losses) < STEPS
     np.testing.assert_array_equal(resumed.losses, two.losses[-len(resumed.losses) :])
     assert resumed.lora.keys() == two.lora.keys()

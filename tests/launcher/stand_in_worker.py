@@ -1,7 +1,7 @@
 """A worker that keeps the contract of `trainer.worker` and trains nothing; started by msrun.
 
 STAND_IN says what it does: "succeed"; "raise" an error on rank 1 before it has met the others;
-"wait" in training until it is ended.
+"wait" in training until it is ended; "save" when it is asked to end, as `trainer.worker` does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def succeed() -> None:
     from safetensors.numpy import save_file
 
     plan = json.loads((ATTEMPT / "plan.json").read_text())
-    emit("validation", step=0, loss=0.5)
+    emit("validation", step=0, loss=0.5, quarters=[0.2, 0.4, 0.6, 0.8])
     emit("phase", phase="training")
     for step in range(1, plan["steps"] + 1):
         images = step * plan["global_batch"]
@@ -44,14 +44,18 @@ def succeed() -> None:
     result = {
         "artifact": "lora.safetensors",
         "validation_loss": {"base": 0.5, "lora": 0.4},
+        "published_step": plan["steps"],
         "images": plan["images"],
         "steps": plan["steps"],
+        "skipped_steps": 0,
         "trained_parameters": plan["trained_parameters"],
         "synced_bytes": plan["synced_bytes"],
         "rank_digests": ["ab" * 32] * plan["devices"],
         "base_digest": "cd" * 32,
         "data_digest": "ef" * 32,
         "seconds": {"training": 2.0, "total": 10.0},
+        "images_per_second": 20.0,
+        "peak_memory_bytes": 1_000_000_000,
         "versions": {"numpy": np.__version__},
     }
     (ATTEMPT / "result.json").write_text(json.dumps(result))
@@ -71,6 +75,11 @@ def fail(rank_id: int) -> None:
     sys.exit(1)
 
 
+def stop(*_: object) -> None:
+    (ATTEMPT / "stopped.json").write_text(json.dumps({"step": 4, "steps": 10}))
+    sys.exit(0)
+
+
 def main() -> None:
     scheduler = os.environ["MS_ROLE"] == "MS_SCHED"
     if BEHAVIOUR == "raise" and not scheduler and os.environ["RANK_ID"] == "1":
@@ -83,7 +92,9 @@ def main() -> None:
     init()
     if get_rank() == 0:
         emit("phase", phase="loading base")
-    if BEHAVIOUR == "wait":
+    if BEHAVIOUR in ("wait", "save"):
+        if BEHAVIOUR == "save":
+            signal.signal(signal.SIGTERM, stop)
         if get_rank() == 0:
             emit("phase", phase="training")
         while True:

@@ -12,6 +12,7 @@ from cluster.devices import Machine
 from launcher.errors import LaunchError
 from launcher.job import Job, Request, prepare, write
 from trainer.config_file import load_config
+from trainer.dataset import read_scan
 
 NOW = datetime(2025, 1, 2, 3, 4, 5)
 
@@ -27,7 +28,9 @@ def test_run_folder_holds_what_the_workers_read(job: Job, config: Path) -> None:
     write(job)
     assert load_config(job.attempt / "config.yaml") == job.config
     assert job.config.lora.rank == 4
-    assert json.loads((job.attempt / "plan.json").read_text()) == job.plan.as_dict()
+    plan = json.loads((job.attempt / "plan.json").read_text())
+    assert plan == json.loads(json.dumps(job.plan.as_dict()))
+    assert read_scan((job.attempt / "data.json").read_text()) == job.data
     assert job.command[-3:] == ("-m", "trainer.worker", str(job.attempt))
 
 

@@ -13,6 +13,10 @@ from launcher.job import Job, Request, prepare
 from launcher.progress import shown_progress
 from launcher.words import clock, plan_text, seconds_left, step_text
 
+VALIDATION = {"event": "validation", "step": 0, "loss": 0.5, "quarters": [0.2, 0.4, 0.6, 0.8]}
+SAID = (
+    "validation loss 0.5000 at step 0 (by quarter of the timesteps: 0.2000, 0.4000, 0.6000, 0.8000)"
+)
 STEP = {"event": "step", "step": 100, "steps": 400, "loss": 0.12345, "images_per_second": 20.0}
 
 
@@ -39,14 +43,14 @@ def steps(job: Job, count: int) -> list[dict[str, Any]]:
 def test_lines_where_there_is_no_terminal(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     with shown_progress(job.plan) as progress:
         progress.show({"event": "phase", "phase": "training"})
-        progress.show({"event": "validation", "step": 0, "loss": 0.5})
+        progress.show(VALIDATION)
         for event in steps(job, 100):
             progress.show(event)
         progress.show({"event": "unknown to this version"})
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == ""
-    assert lines[:2] == ["training", "validation loss 0.5000 at step 0"]
+    assert lines[:2] == ["training", SAID]
     assert [line.split(":")[0] for line in lines[2:]] == [
         f"step {number} of 100" for number in range(10, 101, 10)
     ]
@@ -63,7 +67,7 @@ def test_bar_on_a_terminal(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     with shown_progress(job.plan) as progress:
         progress.show({"event": "phase", "phase": "training"})
-        progress.show({"event": "validation", "step": 0, "loss": 0.5})
+        progress.show(VALIDATION)
         for event in steps(job, job.plan.steps):
             progress.show(event)
         progress.note("a [note]")
@@ -78,4 +82,4 @@ def test_plan_in_words(job: Job) -> None:
     plan = dataclasses.replace(job.plan, devices=2, accumulation=3)
     text = plan_text(dataclasses.replace(job, plan=plan))
     assert "2 devices × 4 images × 3 accumulation" in text
-    assert "61,444 bytes each step" in text
+    assert "61,448 bytes each step" in text

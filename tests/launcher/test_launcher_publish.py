@@ -18,14 +18,18 @@ from registry.api import open_registry
 RESULT = Result(
     artifact="lora.safetensors",
     validation_loss={"base": 0.5, "lora": 0.4},
+    published_step=10,
     images=40,
     steps=10,
+    skipped_steps=0,
     trained_parameters=32,
     synced_bytes=132,
     rank_digests=("ab" * 32, "ab" * 32),
     base_digest="cd" * 32,
     data_digest="ef" * 32,
     seconds={"training": 2.0, "total": 70.0},
+    images_per_second=20.0,
+    peak_memory_bytes=1_000_000_000,
     versions={"numpy": "1.26.4"},
 )
 

@@ -108,8 +108,8 @@ def test_success_is_published_with_scores_and_lineage(
     assert lineage["plan"]["devices"] == 2
 
     for words in (
-        "4 = 2 devices × 2 images × 1 accumulation",
-        "61,444 bytes each step",
+        "4 images a step, over all 2 devices = 2 × 2 at once × 1 accumulated",
+        "61,448 bytes each step",
         "step 10 of 10: loss 0.1000, 20 images/s",
         "0.5000 → 0.4000 (-20.0%)",
         "equal on all 2 ranks",
@@ -147,6 +147,32 @@ def test_killed_worker_is_named_with_its_signal(
     assert of_run(tmp_path) == []
     assert process.returncode == 1
     assert "error: rank 1 was killed by signal 9 (SIGKILL)" in err
+
+
+def test_a_signal_lets_the_workers_save_and_says_how_to_go_on(
+    start: Launch, config: Path, tmp_path: Path
+) -> None:
+    process = start("save", "--devices", "2", config)
+    until(lambda: training(tmp_path), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=END_SECONDS)
+    assert of_run(tmp_path) == []
+    assert process.returncode == 143
+    assert "interrupted by SIGTERM; saved after step 4 of 10; go on with: lora-launch" in err
+    assert "--devices 0,1 --resume " in err
+
+
+def test_workers_that_somebody_else_ends_are_no_failure(
+    start: Launch, config: Path, tmp_path: Path
+) -> None:
+    process = start("save", "--devices", "2", config)
+    until(lambda: training(tmp_path), process)
+    for worker in workers(tmp_path).values():
+        worker.terminate()
+    _, err = process.communicate(timeout=END_SECONDS)
+    assert of_run(tmp_path) == []
+    assert process.returncode == 75
+    assert "error: a worker was asked to end; saved after step 4 of 10" in err
 
 
 def test_signal_ends_launcher_and_workers(start: Launch, config: Path, tmp_path: Path) -> None:

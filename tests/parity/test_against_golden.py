@@ -32,8 +32,9 @@ from diffusion.text_encoder import CLIPTextModel
 from diffusion.unet import UNet2DConditionModel
 from diffusion.vae import AutoencoderKL
 from trainer.batches import Batch, noise_and_target
+from trainer.config import OptimizerConfig
 from trainer.data import Encode
-from trainer.optimizer import FlatAdamW, flatten
+from trainer.optimizer import AdamW, flatten
 from trainer.step import DiffusionLoss, TrainStep
 from weights import files
 from weights.base import NETWORK_FILES, open_base
@@ -145,6 +146,7 @@ class Trial:
         timesteps = cases.STEP_TIMESTEPS
         noisy, target = noise_and_target(latents, noise, timesteps, prediction_type)
         weights = schedule.min_snr_weights(timesteps, cases.GAMMA, prediction_type)
+        weights = weights[:, None, None, None] * np.ones_like(target)
         return Batch(noisy, timesteps, self.text, target, weights)
 
     def run(self, prediction_type: str) -> dict[str, np.ndarray]:
@@ -152,12 +154,10 @@ class Trial:
 
         Afterwards the weights are the made-up ones.
         """
-        for moment in (self.optimizer.moment1, self.optimizer.moment2):
-            moment.set_data(Tensor(np.zeros(moment.shape, np.float32)))
+        for state in self.optimizer.states():
+            state.set_data(Tensor(np.zeros(state.shape, np.float32)))
         before = vector(self.parameters)
-        loss, norm = self.step(
-            [self.batch(prediction_type)], 1, cases.ADAM["lr"], ema_decay=0.0
-        ).asnumpy()
+        loss, norm = self.step([self.batch(prediction_type)], cases.ADAM["lr"]).asnumpy()[:2]
         # The first moment holds the gradient after clipping.
         clipped = self.optimizer.moment1.asnumpy() / (1 - cases.ADAM["betas"][0])
         change = vector(self.parameters) - before
@@ -178,10 +178,16 @@ class Trial:
         return self.run("epsilon")["outputs"]
 
 
-def adamw(parameters: list[Parameter]) -> FlatAdamW:
+def adamw(parameters: list[Parameter]) -> AdamW:
     options = cases.ADAM
-    return FlatAdamW(
-        parameters, options["betas"], options["eps"], options["weight_decay"], options["max_norm"]
+    return AdamW(
+        parameters,
+        OptimizerConfig(
+            betas=options["betas"],
+            eps=options["eps"],
+            weight_decay=options["weight_decay"],
+            max_grad_norm=options["max_norm"],
+        ),
     )
 
 

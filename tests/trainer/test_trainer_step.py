@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from diffusion.lora import inject, lora_masks, lora_parameters
 from diffusion.text_encoder import CLIPTextModel
 from diffusion.unet import UNet2DConditionModel
 from trainer.batches import Batch
-from trainer.optimizer import FlatAdamW, learning_rate
-from trainer.step import DiffusionLoss, TrainStep
+from trainer.config import OptimizerConfig
+from trainer.optimizer import AdamW
+from trainer.step import GROW_AFTER, DiffusionLoss, TrainStep, outcome
 
 UNET = UNetConfig(
     block_out_channels=(16, 32),
@@ -50,7 +53,7 @@ def batch(count: int, modules: int, text: np.ndarray, dropped: bool = False) -> 
         timesteps=draw.integers(1000, size=count).astype(np.int32),
         text=text[:count],
         target=draw.standard_normal((count, 4, 8, 8), np.float32),
-        weights=np.ones(count, np.float32),
+        weights=np.ones((count, 4, 8, 8), np.float32),
         masks=masks,
     )
 
@@ -66,7 +69,7 @@ def part(whole: Batch, rows: slice) -> Batch:
     )
 
 
-def prepared(size: int, accumulation: int) -> tuple[TrainStep, list[nn.Cell]]:
+def prepared(size: int, accumulation: int, scaled: bool = False) -> tuple[TrainStep, list[nn.Cell]]:
     """A UNet and a text encoder with adapters, the same for every call."""
     ms.set_seed(0)
     networks = [UNet2DConditionModel(UNET), CLIPTextModel(TEXT)]
@@ -76,9 +79,9 @@ def prepared(size: int, accumulation: int) -> tuple[TrainStep, list[nn.Cell]]:
             parameter.set_data(ms.Tensor(0.2 * draw, ms.float32))
         inject(network, targets, RANK, 4.0, seed=7, dropout_batch=size)
     parameters = [p for network in networks for p in lora_parameters(network)]
-    optimizer = FlatAdamW(parameters, (0.9, 0.999), 1e-3, 0.01, 1.0)
+    optimizer = AdamW(parameters, OptimizerConfig(eps=1e-3))
     masks = [mask for network in networks for mask in lora_masks(network)]
-    step = TrainStep(DiffusionLoss(*networks), optimizer, masks, accumulation, world_size=1)
+    step = TrainStep(DiffusionLoss(*networks), optimizer, masks, accumulation, 1, scaled)
     return step, networks
 
 
@@ -94,7 +97,7 @@ class Forward(nn.Cell):
 
 
 def trained(step: TrainStep) -> np.ndarray:
-    return np.concatenate([p.asnumpy().ravel() for p in step.optimizer.trained])
+    return step.optimizer.weights()
 
 
 def test_two_micro_batches_are_one_batch_of_twice_the_size_and_masks_work() -> None:
@@ -105,19 +108,49 @@ def test_two_micro_batches_are_one_batch_of_twice_the_size_and_masks_work() -> N
     full = batch(4, modules, ids)
     start = trained(whole)
     np.testing.assert_array_equal(start, trained(halves))
-    for number in range(1, 4):
-        one = whole([full], number, 1e-2, 0.0).asnumpy()
-        two = halves(
-            [part(full, slice(0, 2)), part(full, slice(2, 4))], number, 1e-2, 0.0
-        ).asnumpy()
+    for _ in range(3):
+        one = whole([full], 1e-2).asnumpy()
+        two = halves([part(full, slice(0, 2)), part(full, slice(2, 4))], 1e-2).asnumpy()
         np.testing.assert_allclose(two, one, rtol=1e-5)
     np.testing.assert_allclose(trained(halves), trained(whole), atol=2e-6)
     assert np.abs(trained(whole) - start).max() > 1e-3
 
     # With every component dropped the adapters have no gradient at all.
-    loss, norm = whole([batch(4, modules, ids, dropped=True)], 4, 1e-2, 0.0).asnumpy()
-    assert np.isfinite(loss)
-    assert norm == 0
+    found = outcome(whole([batch(4, modules, ids, dropped=True)], 1e-2))
+    assert np.isfinite(found.loss)
+    assert found.gradient_norm == 0
+    assert found.applied
+    assert not found.stop
+
+
+def test_the_loss_scale_halves_at_overflow_and_doubles_after_a_long_time_without() -> None:
+    ids = np.random.default_rng(2).integers(50, size=(2, 77)).astype(np.int32)
+    scaled, _ = prepared(2, 1, scaled=True)
+    plain, _ = prepared(2, 1)
+    good = batch(2, len(scaled.masks), ids)
+    one, other = outcome(scaled([good], 1e-3)), outcome(plain([good], 1e-3))
+    assert one.loss_scale == 65536
+    assert one.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-4)
+    np.testing.assert_allclose(trained(scaled), trained(plain), atol=1e-6)
+
+    bad = replace(good, target=np.full_like(good.target, 1e30))
+    before = scaled.vectors()
+    found = outcome(scaled([bad], 1e-3))
+    assert not found.applied
+    after = scaled.vectors()
+    np.testing.assert_array_equal(after.pop("scaling"), [32768, 0])
+    for name, vector in after.items():
+        np.testing.assert_array_equal(vector, before[name], name)
+
+    scaled.restore({**after, "scaling": np.array([32768, GROW_AFTER - 1], np.float32)})
+    assert outcome(scaled([good], 1e-3)).applied
+    np.testing.assert_array_equal(scaled.vectors()["scaling"], [65536, 0])
+
+
+def test_a_wish_to_stop_is_passed_on() -> None:
+    ids = np.random.default_rng(2).integers(50, size=(2, 77)).astype(np.int32)
+    step, _ = prepared(2, 1)
+    assert outcome(step([batch(2, len(step.masks), ids)], 1e-3, stop=True)).stop
 
 
 def test_a_fresh_adapter_changes_nothing_and_is_drawn_by_its_module() -> None:
@@ -137,22 +170,3 @@ def test_a_fresh_adapter_changes_nothing_and_is_drawn_by_its_module() -> None:
     for ours, theirs in zip(lora_parameters(unet), lora_parameters(again), strict=True):
         np.testing.assert_array_equal(ours.asnumpy(), theirs.asnumpy())
     np.testing.assert_array_equal(Forward(unet)(*inputs).asnumpy(), before)
-
-
-def test_learning_rate_rises_then_falls() -> None:
-    rates = [learning_rate(step, 110, 1.0, 10, "cosine") for step in range(110)]
-    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
-    assert rates[10] == 1.0
-    assert rates[60] == pytest.approx(0.5)
-    assert 0 < rates[-1] < 1e-3
-    assert learning_rate(109, 110, 1.0, 10, "constant") == 1.0
-
-
-@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("polynomial", 0.25)])
-def test_every_schedule_warms_up_and_ends_near_zero(schedule: str, middle: float) -> None:
-    rates = [learning_rate(step, 110, 2.0, 10, schedule) for step in range(110)]
-    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 5)
-    assert rates[10] == 2.0
-    assert rates[60] == pytest.approx(2 * middle)
-    assert 0 < rates[-1] < 0.03
-    assert rates[10:] == sorted(rates[10:], reverse=True)
