@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trainer.dataset import Dataset, Example, Scan
+from trainer.dataset import Dataset, Example, Scan, printable
 
 MOST_TOKENS = 77
 """What the text encoder sees of a caption, with the marks at both ends."""
@@ -74,7 +74,7 @@ def report_text(found: Report) -> str:
         lines += ["shapes", *map(_shape_text, found.shapes)]
     if found.long_captions:
         lines += [f"captions above {MOST_TOKENS} tokens, of which the rest is not seen"]
-        lines += [f"  {path}: {count} tokens" for path, count in found.long_captions]
+        lines += [f"  {printable(path)}: {count} tokens" for path, count in found.long_captions]
     if found.notes:
         lines += ["notes", *(f"  {note}" for note in found.notes)]
     count = len(found.problems)

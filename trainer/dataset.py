@@ -113,7 +113,7 @@ def scan(config: DataConfig, resolution: int, unit: int, global_batch: int) -> S
     training = Dataset(_shaped(examples, shapes), epoch)
     validation = Dataset(_shaped(held_out, shapes), tuple(range(len(held_out))))
     notes += remarks(training.examples, validation.examples)
-    return Scan(training, validation, [*map(_printable, problems)], [*map(_printable, notes)])
+    return Scan(training, validation, [*map(printable, problems)], [*map(printable, notes)])
 
 
 def dump_scan(scan: Scan) -> str:
@@ -185,6 +185,6 @@ def _shaped(examples: Iterable[Example], shapes: Sequence[tuple[int, int]]) -> t
     return tuple(replace(e, shape=nearest((e.width, e.height), shapes)) for e in examples)
 
 
-def _printable(sentence: str) -> str:
+def printable(sentence: str) -> str:
     """Without what a file's name may hold that would disturb a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
