@@ -110,7 +110,7 @@ def main(build: Path, out: Path) -> None:
     Run it in the checkout. Two cores need about two hours.
     """
     images, vae = build / "emoji", build / "base"
-    if not (images / "base" / "metadata.jsonl").is_file():
+    if not (images / "metadata.jsonl").is_file():
         run("assets.recipe.images", str(images))
     if not (vae / NETWORK_FILES["vae"]).is_file():
         folders = [part for style in STYLES for part in ("--images", str(images / style))]

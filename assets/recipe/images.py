@@ -7,6 +7,7 @@ styles differ in how a thing is drawn and not in what is drawn. `OUT_DIR` receiv
 
     flat/, noto/, ink/   one PNG per concept and a metadata.jsonl, the layout of an image folder
                          of the Hugging Face `datasets` library
+    metadata.jsonl       what the small base learns from: concepts in flat and noto
     concepts.json        all concept names, the split for fine-tuning on ink, the category of each
 
 With the same packages and the same rasteriser the output is the same, byte for byte.
@@ -228,7 +229,7 @@ def write_base_set(folder: Path, names: Iterable[str]) -> None:
     seen too rarely.
     """
     rows = [
-        {"file_name": f"../{style}/{name}.png", "text": caption(style, name)}
+        {"file_name": f"{style}/{name}.png", "text": caption(style, name)}
         for style in ("flat", "noto")
         for name in sorted(names)
     ]
@@ -295,7 +296,7 @@ def main(out_dir: Path, size: int, ink_set: Path | None) -> None:
         "category": category,
     }
     write_atomically(out_dir / "concepts.json", (json.dumps(concepts, indent=1) + "\n").encode())
-    write_base_set(out_dir / "base", train + validation)
+    write_base_set(out_dir, train + validation)
     if ink_set is not None:
         write_ink_set(ink_set / "train", out_dir / "ink", train)
         write_ink_set(ink_set / "validation", out_dir / "ink", validation)

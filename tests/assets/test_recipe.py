@@ -88,4 +88,4 @@ def test_the_base_learns_colour_only_and_every_concept_of_the_ink_set(tmp_path: 
     assert [row["text"] for row in rows] == [
         f"{style} emoji of {name}" for style in ("flat", "noto") for name in ("ant", "bus", "pear")
     ]
-    assert rows[0]["file_name"] == "../flat/ant.png"
+    assert rows[0]["file_name"] == "flat/ant.png"
