@@ -33,6 +33,8 @@ class UNetConfig(_Strict):
     """Heads of each level; the middle block takes the last."""
     cross_attention_dim: int
     use_linear_projection: bool = False
+    upcast_attention: bool = False
+    """Attention probabilities in float32, even where the network computes in half precision."""
     norm_num_groups: int = 32
 
 

@@ -1,5 +1,8 @@
 """The layers that every network here is made of, with parameters named as in PyTorch files.
 
+A layer computes in the dtype of its input, whatever its weights are stored in; normalisation
+computes in float32. Every output has the dtype of the input.
+
 Softmax, GELU and GroupNorm carry backward passes of their own: MindSpore's built-in ones are
 several times slower on CPU and keep the attention matrix alive between the two passes.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, Normal, Uniform, initializer
@@ -30,9 +34,9 @@ class Linear(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         shape = x.shape
-        y = self.matmul(x.reshape(-1, self.in_features), self.weight)
+        y = self.matmul(x.reshape(-1, self.in_features), self.weight.astype(x.dtype))
         if self.bias is not None:
-            y = self.bias_add(y, self.bias)
+            y = self.bias_add(y, self.bias.astype(x.dtype))
         return y.reshape(shape[:-1] + (self.out_features,))
 
 
@@ -46,6 +50,7 @@ class Conv2d(nn.Cell):
         kernel: int,
         stride: int = 1,
         padding: int | tuple = 0,
+        bias: bool = True,
     ):
         super().__init__()
         self.in_channels = in_channels
@@ -55,13 +60,18 @@ class Conv2d(nn.Cell):
         self.padding = padding
         shape = (out_channels, in_channels, kernel, kernel)
         self.weight = Parameter(initializer(HeUniform(math.sqrt(5)), shape))
-        bound = 1 / math.sqrt(in_channels * kernel * kernel)
-        self.bias = Parameter(initializer(Uniform(bound), (out_channels,)))
+        self.bias = None
+        if bias:
+            bound = 1 / math.sqrt(in_channels * kernel * kernel)
+            self.bias = Parameter(initializer(Uniform(bound), (out_channels,)))
         self.conv = ops.Conv2D(out_channels, kernel, pad_mode="pad", pad=padding, stride=stride)
         self.bias_add = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.bias_add(self.conv(x, self.weight), self.bias)
+        y = self.conv(x, self.weight.astype(x.dtype))
+        if self.bias is not None:
+            y = self.bias_add(y, self.bias.astype(x.dtype))
+        return y
 
 
 class Embedding(nn.Cell):
@@ -85,7 +95,8 @@ class LayerNorm(nn.Cell):
         self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.norm(x, self.weight, self.bias)[0]
+        weight, bias = self.weight.astype(ms.float32), self.bias.astype(ms.float32)
+        return self.norm(x.astype(ms.float32), weight, bias)[0].astype(x.dtype)
 
 
 _LONG = 4096
@@ -116,7 +127,7 @@ _BATCH_NORM = ops.BatchNorm(is_training=False, epsilon=_EPS)
 
 
 def row_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """(rows, n), (rows,), (rows,) → x · scale + shift, row by row.
+    """(rows, n), (rows,), (rows,), all float32 → x · scale + shift, row by row.
 
     As an inferring BatchNorm whose channels are the rows. On CPU a product whose factors differ in
     shape keeps two index tables of 16 bytes for each element, for as long as the graph lives: at
@@ -138,11 +149,15 @@ class GroupNorm(nn.Cell):
         self.normalize = _GroupNorm(groups, eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.normalize(x, self.weight, self.bias)
+        weight, bias = self.weight.astype(ms.float32), self.bias.astype(ms.float32)
+        return self.normalize(x, weight, bias)
 
 
 class _GroupNorm(nn.Cell):
-    """The function of x, weight and bias, with a backward pass that computes x's part again."""
+    """The function of x, weight and bias, with a backward pass that computes x's part again.
+
+    Weight and bias are float32.
+    """
 
     def __init__(self, groups: int, eps: float):
         super().__init__()
@@ -150,7 +165,11 @@ class _GroupNorm(nn.Cell):
         self.eps = eps
 
     def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x less its group's mean, (batch · groups, n), and the inverse deviation of each group."""
+        """x less its group's mean, (batch · groups, n), and the inverse deviation of each group.
+
+        Both float32.
+        """
+        x = x.astype(ms.float32)
         rows = x.reshape(x.shape[0] * self.groups, -1)
         mean = row_means(rows, x.shape[2], x.shape[3])
         centred = row_affine(rows, _ONES(mean), -mean)
@@ -168,7 +187,7 @@ class _GroupNorm(nn.Cell):
         scale = self.of_channels(inverse, weight).reshape(-1)
         shift = ops.tile(bias, (batch,))
         y = row_affine(centred.reshape(batch * channels, height * width), scale, shift)
-        return y.reshape(batch, channels, height, width)
+        return y.reshape(batch, channels, height, width).astype(x.dtype)
 
     def bprop(
         self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, dout: Tensor
@@ -177,7 +196,7 @@ class _GroupNorm(nn.Cell):
         rows, pixels = batch * channels, height * width
         centred, inverse = self.centred(x)
         centred = centred.reshape(rows, pixels)
-        dout = dout.reshape(rows, pixels)
+        dout = dout.reshape(rows, pixels).astype(ms.float32)
         grouped = (batch * self.groups, -1)
         ones = _ONES(weight)
         of_rows = self.of_channels(inverse, ones).reshape(-1)
@@ -194,21 +213,21 @@ class _GroupNorm(nn.Cell):
         dx = dx - row_affine(centred, back, _ZEROS(back))
         dweight = along.reshape(batch, channels).sum(0) * pixels
         dbias = plain.reshape(batch, channels).sum(0) * pixels
-        return dx.reshape(x.shape), dweight, dbias
+        return dx.reshape(x.shape).astype(x.dtype), dweight, dbias
 
 
 class AddToChannels(nn.Cell):
     """(batch, channels, height, width) + (batch, channels)."""
 
     def construct(self, x: Tensor, addend: Tensor) -> Tensor:
-        rows = x.reshape(x.shape[0] * x.shape[1], -1)
-        addend = addend.reshape(-1)
-        return row_affine(rows, _ONES(addend), addend).reshape(x.shape)
+        rows = x.reshape(x.shape[0] * x.shape[1], -1).astype(ms.float32)
+        addend = addend.reshape(-1).astype(ms.float32)
+        return row_affine(rows, _ONES(addend), addend).reshape(x.shape).astype(x.dtype)
 
     def bprop(self, x: Tensor, addend: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        rows = dout.reshape(x.shape[0] * x.shape[1], -1)
+        rows = dout.reshape(x.shape[0] * x.shape[1], -1).astype(ms.float32)
         means = row_means(rows, x.shape[2], x.shape[3])
-        return dout, (means * rows.shape[1]).reshape(addend.shape)
+        return dout, (means * rows.shape[1]).reshape(addend.shape).astype(addend.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -254,19 +273,25 @@ class GELU(nn.Cell):
 class ScaledDotProduct(nn.Cell):
     """softmax(q kᵀ / √d) v on (batch·heads, tokens, d); `causal` hides later tokens.
 
+    With `upcast` the probabilities, and the gradients of q and k, are computed in float32, where
+    the scores do not overflow.
+
     The backward pass computes the probabilities again instead of keeping them, and uses
     dS = P · (dP − Σ out·dout), with the sum as one more column of the product that gives dP.
     """
 
-    def __init__(self, head_width: int, causal: bool = False):
+    def __init__(self, head_width: int, causal: bool = False, upcast: bool = False):
         super().__init__()
         self.scale = 1 / math.sqrt(head_width)
         self.causal = causal
+        self.upcast = upcast
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.product = ops.BatchMatMul()
         self.product_transposed = ops.BatchMatMul(transpose_a=True)
 
     def probabilities(self, q: Tensor, k: Tensor) -> Tensor:
+        if self.upcast:
+            q, k = q.astype(ms.float32), k.astype(ms.float32)
         scores = self.scores(q * self.scale, k)
         if self.causal:
             tokens = q.shape[1]
@@ -275,27 +300,33 @@ class ScaledDotProduct(nn.Cell):
         return ops.softmax(scores, axis=-1)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.product(self.probabilities(q, k), v)
+        return self.product(self.probabilities(q, k).astype(v.dtype), v)
 
     def bprop(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = v.dtype
         p = self.probabilities(q, k)
-        dv = self.product_transposed(p, dout)
+        dv = self.product_transposed(p.astype(dtype), dout)
+        if p.dtype != dtype:
+            q, k = q.astype(p.dtype), k.astype(p.dtype)
+            v, dout = v.astype(p.dtype), dout.astype(p.dtype)
+            out = self.product(p, v)
         with_sum = ops.concat((dout, -(out * dout).sum(-1, keepdims=True)), -1)
         with_one = ops.concat((v, _ONES(v[:, :, :1])), -1)
         ds = p * self.scores(with_sum, with_one) * self.scale
-        return self.product(ds, k), self.product_transposed(ds, q), dv
+        dq, dk = self.product(ds, k), self.product_transposed(ds, q)
+        return dq.astype(dtype), dk.astype(dtype), dv
 
 
 class MultiHead(nn.Cell):
     """Splits (batch, tokens, heads·d) into heads, attends, and joins them again."""
 
-    def __init__(self, width: int, heads: int, causal: bool = False):
+    def __init__(self, width: int, heads: int, causal: bool = False, upcast: bool = False):
         super().__init__()
         self.heads = heads
         self.head_width = width // heads
-        self.attend = ScaledDotProduct(self.head_width, causal)
+        self.attend = ScaledDotProduct(self.head_width, causal, upcast)
 
     def split(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape

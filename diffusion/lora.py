@@ -1,7 +1,8 @@
 """LoRA layers and their injection into a network (Hu et al., 2021).
 
 An adapted layer computes W x + b + (alpha / rank) · up(down(x)). Its parameters keep the paths of
-the original layer, with `lora_down.weight` and `lora_up.weight` beside `weight`.
+the original layer, with `lora_down.weight` and `lora_up.weight` beside `weight`; these two are
+float32 whatever the network is, and so are their gradients.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn
 
 from diffusion.layers import Conv2d, Linear, name_parameters
 from diffusion.randomness import generator
@@ -30,6 +31,7 @@ class LoRALinear(nn.Cell):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.scale = scale
+        self.rank = rank
         self.mask = mask
         self.weight = layer.weight
         self.bias = layer.bias
@@ -40,17 +42,21 @@ class LoRALinear(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         shape = x.shape
-        y = self.matmul(x.reshape(-1, self.in_features), self.weight)
+        y = self.matmul(x.reshape(-1, self.in_features), self.weight.astype(x.dtype))
         if self.bias is not None:
-            y = self.bias_add(y, self.bias)
+            y = self.bias_add(y, self.bias.astype(x.dtype))
         low = self.lora_down(x)
         if self.mask is not None and self.training:
-            low = low * self.mask.expand_dims(1)
+            mask = self.mask.reshape((-1,) + (1,) * (low.ndim - 2) + (self.rank,))
+            low = low * mask.astype(low.dtype)
         return y.reshape(shape[:-1] + (self.out_features,)) + self.scale * self.lora_up(low)
 
 
 class LoRAConv2d(nn.Cell):
-    """A frozen 1×1 convolution with an adapter; `mask` as in LoRALinear."""
+    """A frozen convolution with an adapter; `mask` as in LoRALinear.
+
+    `down` has the kernel, stride and padding of the layer, `up` is 1×1.
+    """
 
     def __init__(self, layer: Conv2d, rank: int, scale: float, mask: Parameter | None):
         super().__init__()
@@ -60,27 +66,17 @@ class LoRAConv2d(nn.Cell):
         self.bias = layer.bias
         self.conv = layer.conv
         self.bias_add = layer.bias_add
-        self.lora_down = _Pointwise(layer.in_channels, rank)
-        self.lora_up = _Pointwise(rank, layer.out_channels)
+        self.lora_down = Conv2d(
+            layer.in_channels, rank, layer.kernel, layer.stride, layer.padding, bias=False
+        )
+        self.lora_up = Conv2d(rank, layer.out_channels, 1, bias=False)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.bias_add(self.conv(x, self.weight), self.bias)
+        y = self.bias_add(self.conv(x, self.weight.astype(x.dtype)), self.bias.astype(x.dtype))
         low = self.lora_down(x)
         if self.mask is not None and self.training:
-            low = low * self.mask.expand_dims(-1).expand_dims(-1)
+            low = low * self.mask.expand_dims(-1).expand_dims(-1).astype(low.dtype)
         return y + self.scale * self.lora_up(low)
-
-
-class _Pointwise(nn.Cell):
-    """1×1 convolution without bias; weight (out, in, 1, 1)."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.weight = Parameter(Tensor(np.zeros((out_channels, in_channels, 1, 1), np.float32)))
-        self.conv = ops.Conv2D(out_channels, 1)
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.conv(x, self.weight)
 
 
 def inject(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -10,6 +12,7 @@ from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
 from diffusion.config import ModelConfig
+from diffusion.layers import GroupNorm, LayerNorm
 from diffusion.text_encoder import CLIPTextModel
 from diffusion.unet import UNet2DConditionModel
 from diffusion.vae import AutoencoderKL
@@ -17,23 +20,42 @@ from weights.base import Base
 from weights.files import WeightsError
 
 
-def build(config: ModelConfig, network: str) -> nn.Cell:
-    """The "unet", "vae" or "text_encoder" of a model, with random weights."""
-    if network == "unet":
-        return UNet2DConditionModel(config.unet)
+def build(config: ModelConfig, network: str, dtype: Any = ms.float32) -> nn.Cell:
+    """The "unet", "vae" or "text_encoder" of a model, with random weights.
+
+    It computes in `dtype` and keeps its weights so, but for those of GroupNorm and LayerNorm,
+    which stay float32. The VAE overflows in half precision: it is float32 whatever `dtype` says.
+    """
     if network == "vae":
         return AutoencoderKL(config.vae)
-    return CLIPTextModel(config.text_encoder)
+    if network == "unet":
+        return store_as(UNet2DConditionModel(config.unet), dtype)
+    return store_as(CLIPTextModel(config.text_encoder), dtype)
 
 
-def load(config: ModelConfig, base: Base, network: str, allow_nan: bool = False) -> nn.Cell:
-    """The same with the weights of `base`, in float32; no random weights are drawn.
+def store_as(network: nn.Cell, dtype: Any) -> nn.Cell:
+    """Store the weights of a UNet or text encoder in `dtype`; those of the normalisations stay."""
+    for _, cell in network.cells_and_names():
+        if not isinstance(cell, GroupNorm | LayerNorm):
+            for parameter in cell.get_parameters(expand=False):
+                parameter.set_dtype(dtype)
+    return network
+
+
+def load(
+    config: ModelConfig,
+    base: Base,
+    network: str,
+    allow_nan: bool = False,
+    dtype: Any = ms.float32,
+) -> nn.Cell:
+    """The same with the weights of `base`; no random weights are drawn.
 
     One tensor at a time is in memory beside the network. Raises WeightsError if the weights do
     not fit the model, or hold NaN (unless `allow_nan`).
     """
     with no_init_parameters():
-        cell = build(config, network)
+        cell = build(config, network, dtype)
     found = base.networks[network]
     missing = [p.name for p in cell.get_parameters() if p.name not in found.shapes]
     if missing:
@@ -46,7 +68,10 @@ def load(config: ModelConfig, base: Base, network: str, allow_nan: bool = False)
 
 
 def set_weights(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], source: str) -> None:
-    """Put arrays into the parameters of these names; raises WeightsError if one does not fit."""
+    """Put arrays into the parameters of these names, in the parameters' dtypes.
+
+    Raises WeightsError if a name is unknown or a shape differs.
+    """
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
     for name, tensor in tensors:
         if name not in parameters:
@@ -59,14 +84,29 @@ def set_weights(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], source
                 f"{source}: {name} is {tensor.shape}, the model expects {tuple(parameter.shape)}; "
                 "check that base.model fits the weights"
             )
-        parameter.set_data(Tensor(tensor, ms.float32))
+        parameter.set_data(Tensor(tensor, parameter.dtype))
 
 
 def in_batches(cell: nn.Cell, rows: np.ndarray, size: int) -> np.ndarray:
-    """`cell` on all rows, `size` at a time, the last batch padded, so that it compiles once."""
+    """`cell` on all rows, `size` at a time, the last batch padded, so that it compiles once.
+
+    Without dropout, even if `cell` is in training.
+    """
     outputs = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-        outputs.append(cell(Tensor(padded)).asnumpy()[: len(part)])
+    with evaluating(cell):
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+            outputs.append(cell(Tensor(padded)).asnumpy()[: len(part)])
     return np.concatenate(outputs)
+
+
+@contextmanager
+def evaluating(cell: nn.Cell) -> Iterator[None]:
+    """In here `cell` is out of training; afterwards it is as it was."""
+    training = cell.training
+    cell.set_train(False)
+    try:
+        yield
+    finally:
+        cell.set_train(training)

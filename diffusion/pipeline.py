@@ -10,9 +10,9 @@ from mindspore import Tensor, nn, ops
 
 from diffusion import models
 from diffusion.config import ModelConfig
-from diffusion.models import in_batches
+from diffusion.models import evaluating, in_batches
 from diffusion.randomness import generator
-from diffusion.schedule import SIGMAS, TRAIN_TIMESTEPS
+from diffusion.schedule import ALPHAS_CUMPROD, TRAIN_TIMESTEPS, sigmas
 from diffusion.solvers import SOLVERS, linspace_sigmas
 from diffusion.tokenizer import Tokenizer, clip_vocabulary
 from weights.base import Base
@@ -55,17 +55,38 @@ class Settings:
 
 
 class Pipeline:
-    """The networks of one base model, compiled once and used for any number of pictures."""
+    """The networks of one model, compiled once and used for any number of pictures.
 
-    def __init__(self, config: ModelConfig, base: Base):
+    Networks in training can be used too: each picture is drawn with their weights of that moment.
+    Without a text encoder there is `latents`, without a VAE no `decode`. `alphas_cumprod` (1000,)
+    is the schedule that the UNet was trained with.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        unet: nn.Cell,
+        text_encoder: nn.Cell | None,
+        vae: nn.Cell | None,
+        alphas_cumprod: np.ndarray = ALPHAS_CUMPROD,
+    ):
         self.config = config
-        self.unet = models.load(config, base, "unet")
-        self.text_encoder = models.load(config, base, "text_encoder")
-        self.vae = models.load(config, base, "vae")
+        self.unet = unet
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.sigmas = sigmas(alphas_cumprod)
         self.tokenizer = Tokenizer(clip_vocabulary(), config.text_encoder.pad_token_id)
-        self.guided = _Guided(self.unet)
-        for network in (self.guided, self.unet, self.text_encoder, self.vae):
-            network.set_train(False)
+        self.guided = _Guided(unet)
+
+    @classmethod
+    def load(
+        cls, config: ModelConfig, base: Base, alphas_cumprod: np.ndarray = ALPHAS_CUMPROD
+    ) -> Pipeline:
+        """With the weights of a base, in float32; raises WeightsError as `models.load`."""
+        unet, text_encoder, vae = (
+            models.load(config, base, network) for network in ("unet", "text_encoder", "vae")
+        )
+        return cls(config, unet, text_encoder, vae, alphas_cumprod)
 
     def merge_lora(self, adapters: Adapters, weight: float = 1.0) -> None:
         """Add a LoRA, by network and module, into the weights."""
@@ -82,7 +103,7 @@ class Pipeline:
         return in_batches(self.text_encoder, ids, BATCH)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Scaled latents → uint8 (n, height, width, 3)."""
+        """Scaled latents (n, c, h, w) → uint8 (n, height, width, 3)."""
         unscaled = (latents / self.config.vae.scaling_factor).astype(np.float32)
         pixels = in_batches(self.vae, unscaled, BATCH)
         levels = (np.clip(pixels, -1, 1) + 1) * 127.5
@@ -97,25 +118,44 @@ class Pipeline:
     ) -> np.ndarray:
         """One picture for each prompt and its seed: uint8 (n, height, width, 3).
 
-        `progress` is called with the number of pictures that are done.
+        `progress` is called with the number of pictures that are denoised.
         """
-        size = (settings.resolution or self.config.resolution) // self.config.vae.factor
-        shape = (self.config.vae.latent_channels, size, size)
         text = self.encode_text([*prompts, settings.negative])
-        sigmas = linspace_sigmas(settings.steps)
-        pictures = []
-        for start in range(0, len(prompts), BATCH):
-            rows = [min(start + i, len(prompts) - 1) for i in range(BATCH)]
-            noise = np.stack(
-                [generator(seeds[row], "latents").standard_normal(shape) for row in rows]
-            )
-            denoise = self._denoiser(text[rows], text[[-1] * BATCH], settings.scale)
-            # A network in the variance-preserving form starts from N(0, 1) at its noisiest step.
-            x = noise * np.sqrt(sigmas[0] ** 2 + 1)
-            latents = SOLVERS[settings.solver](denoise, x, sigmas)
-            pictures.append(self.decode(latents)[: len(prompts) - start])
-            progress(min(start + BATCH, len(prompts)))
-        return np.concatenate(pictures)
+        return self.decode(self.latents(text, seeds, settings, progress))
+
+    def latent_shape(self, settings: Settings = Settings()) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of one picture."""
+        size = (settings.resolution or self.config.resolution) // self.config.vae.factor
+        return self.config.vae.latent_channels, size, size
+
+    def latents(
+        self,
+        text: np.ndarray,
+        seeds: Sequence[int],
+        settings: Settings = Settings(),
+        progress: Callable[[int], None] = lambda images: None,
+    ) -> np.ndarray:
+        """Scaled latents (n, c, h, w), float64, one for each of n seeds.
+
+        `text` (n + 1, 77, width) has the hidden states of n prompts and, last, of the negative
+        one. `progress` is called with the number of pictures that are denoised.
+        """
+        count, shape = len(seeds), self.latent_shape(settings)
+        levels = linspace_sigmas(settings.steps, self.sigmas)
+        drawn = []
+        with evaluating(self.unet):
+            for start in range(0, count, BATCH):
+                rows = [min(start + i, count - 1) for i in range(BATCH)]
+                noise = np.stack(
+                    [generator(seeds[row], "latents").standard_normal(shape) for row in rows]
+                )
+                denoise = self._denoiser(text[rows], text[[-1] * BATCH], settings.scale)
+                # A network in the variance-preserving form starts from N(0, 1) at its noisiest.
+                x = noise * np.sqrt(levels[0] ** 2 + 1)
+                latents = SOLVERS[settings.solver](denoise, x, levels)
+                drawn.append(latents[: count - start])
+                progress(min(start + BATCH, count))
+        return np.concatenate(drawn)
 
     def _denoiser(
         self, positive: np.ndarray, negative: np.ndarray, scale: float
@@ -126,7 +166,7 @@ class Pipeline:
 
         def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
             root = np.sqrt(sigma**2 + 1)
-            timestep = np.interp(np.log(sigma), np.log(SIGMAS), np.arange(TRAIN_TIMESTEPS))
+            timestep = np.interp(np.log(sigma), np.log(self.sigmas), np.arange(TRAIN_TIMESTEPS))
             latents = Tensor((x / root).astype(np.float32))
             timesteps = Tensor(np.full(len(x), timestep, np.float32))
             if guided:

@@ -16,10 +16,13 @@ from diffusion.schedule import SIGMAS, TRAIN_TIMESTEPS
 Denoise = Callable[[np.ndarray, float], np.ndarray]
 
 
-def linspace_sigmas(steps: int) -> np.ndarray:
-    """σ at `steps` evenly spaced timesteps from 999 towards 0, then 0; shape (steps + 1,)."""
+def linspace_sigmas(steps: int, table: np.ndarray = SIGMAS) -> np.ndarray:
+    """σ at `steps` evenly spaced timesteps from 999 towards 0, then 0; shape (steps + 1,).
+
+    `table` (1000,) has the σ of every timestep.
+    """
     timesteps = np.linspace(0, TRAIN_TIMESTEPS - 1, steps + 1).round()[::-1][:-1].astype(int)
-    return np.append(SIGMAS[timesteps], 0.0)
+    return np.append(table[timesteps], 0.0)
 
 
 def dpm_solver_pp_2m(

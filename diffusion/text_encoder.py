@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import Tensor, nn
 
 from diffusion.config import TextEncoderConfig
@@ -87,7 +88,10 @@ class TextModel(nn.Cell):
 
 
 class CLIPTextModel(nn.Cell):
-    """Token ids (batch, tokens) int32 → hidden states (batch, tokens, hidden_size)."""
+    """Token ids (batch, tokens) int32 → hidden states (batch, tokens, hidden_size), float32.
+
+    It computes in the dtype of its embeddings.
+    """
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -95,4 +99,4 @@ class CLIPTextModel(nn.Cell):
         name_parameters(self)
 
     def construct(self, ids: Tensor) -> Tensor:
-        return self.text_model(ids)
+        return self.text_model(ids).astype(ms.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
@@ -25,7 +26,7 @@ TRANSFORMER_EPS = 1e-6
 
 
 class TimestepEmbedding(nn.Cell):
-    """Sinusoids of the timestep (cosines first), then two linear layers."""
+    """Sinusoids of the timestep (cosines first, in float32), then two linear layers."""
 
     def __init__(self, channels: int, time_channels: int):
         super().__init__()
@@ -38,19 +39,20 @@ class TimestepEmbedding(nn.Cell):
     def construct(self, timesteps: Tensor) -> Tensor:
         angles = timesteps.astype(self.frequencies.dtype).expand_dims(-1) * self.frequencies
         sinusoids = ops.concat((ops.cos(angles), ops.sin(angles)), -1)
+        sinusoids = sinusoids.astype(self.linear_1.weight.dtype)
         return self.linear_2(silu(self.linear_1(sinusoids)))
 
 
 class Attention(nn.Cell):
     """Multi-head attention of `width` channels over a context of `context_width` channels."""
 
-    def __init__(self, width: int, context_width: int, heads: int):
+    def __init__(self, width: int, context_width: int, heads: int, upcast: bool):
         super().__init__()
         self.to_q = Linear(width, width, bias=False)
         self.to_k = Linear(context_width, width, bias=False)
         self.to_v = Linear(context_width, width, bias=False)
         self.to_out = nn.CellList([Linear(width, width)])
-        self.attend = MultiHead(width, heads)
+        self.attend = MultiHead(width, heads, upcast=upcast)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         return self.to_out[0](self.attend(self.to_q(x), self.to_k(context), self.to_v(context)))
@@ -79,12 +81,12 @@ class FeedForward(nn.Cell):
 
 
 class TransformerBlock(nn.Cell):
-    def __init__(self, width: int, context_width: int, heads: int):
+    def __init__(self, width: int, context_width: int, heads: int, upcast: bool):
         super().__init__()
         self.norm1 = LayerNorm(width)
-        self.attn1 = Attention(width, width, heads)
+        self.attn1 = Attention(width, width, heads, upcast)
         self.norm2 = LayerNorm(width)
-        self.attn2 = Attention(width, context_width, heads)
+        self.attn2 = Attention(width, context_width, heads, upcast)
         self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
@@ -102,12 +104,19 @@ class Transformer2D(nn.Cell):
     of weight.
     """
 
-    def __init__(self, channels: int, context_width: int, heads: int, groups: int, linear: bool):
+    def __init__(self, config: UNetConfig, level: int):
         super().__init__()
+        channels, linear = config.block_out_channels[level], config.use_linear_projection
+        block = TransformerBlock(
+            channels,
+            config.cross_attention_dim,
+            config.attention_heads[level],
+            config.upcast_attention,
+        )
         self.linear = linear
-        self.norm = GroupNorm(groups, channels, TRANSFORMER_EPS)
+        self.norm = GroupNorm(config.norm_num_groups, channels, TRANSFORMER_EPS)
         self.proj_in = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.CellList([TransformerBlock(channels, context_width, heads)])
+        self.transformer_blocks = nn.CellList([block])
         self.proj_out = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
@@ -215,23 +224,15 @@ class UpBlock(nn.Cell):
 
 
 def _transformers(config: UNetConfig, level: int, count: int) -> list[Transformer2D]:
-    return [
-        Transformer2D(
-            config.block_out_channels[level],
-            config.cross_attention_dim,
-            config.attention_heads[level],
-            config.norm_num_groups,
-            config.use_linear_projection,
-        )
-        for _ in range(count)
-    ]
+    return [Transformer2D(config, level) for _ in range(count)]
 
 
 class UNet2DConditionModel(nn.Cell):
     """Predicts ε or v from noisy latents, a timestep and the text.
 
     latents (batch, 4, h, w), timesteps (batch,), encoder_hidden_states (batch, tokens,
-    cross_attention_dim) → (batch, 4, h, w). h and w must be multiples of 2^(levels - 1).
+    cross_attention_dim) → (batch, 4, h, w). h and w must be multiples of 2^(levels - 1). It
+    computes in the dtype of its weights, casts its inputs to it and its output to float32.
     """
 
     def __init__(self, config: UNetConfig):
@@ -252,15 +253,17 @@ class UNet2DConditionModel(nn.Cell):
     def construct(
         self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
     ) -> Tensor:
+        dtype = self.conv_in.weight.dtype
+        context = encoder_hidden_states.astype(dtype)
         time = self.time_embedding(timesteps)
-        x = self.conv_in(latents)
+        x = self.conv_in(latents.astype(dtype))
         skips = (x,)
         for block in self.down_blocks:
-            outputs = block(x, time, encoder_hidden_states)
+            outputs = block(x, time, context)
             skips = skips + outputs
             x = outputs[-1]
-        x = self.mid_block(x, time, encoder_hidden_states)
+        x = self.mid_block(x, time, context)
         for block in self.up_blocks:
-            x = block(x, skips[-self.layers_up :], time, encoder_hidden_states)
+            x = block(x, skips[-self.layers_up :], time, context)
             skips = skips[: -self.layers_up]
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x))).astype(ms.float32)

@@ -224,7 +224,7 @@ def _draw(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("loading", total=2 * len(prompts))
-        pipeline = Pipeline(config, base)
+        pipeline = Pipeline.load(config, base)
         rows = []
         for number, description in enumerate(("base", "LoRA")):
             progress.update(task, description=description)

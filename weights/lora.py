@@ -17,12 +17,19 @@ from weights.files import WeightsError
 
 _ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|.*\.attentions\.\d+\.(proj_in|proj_out)|.*\.ff\.net\.(0\.proj|2)"
+_RESIDUAL = r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)"
+_CONVOLUTION = rf"{_TRANSFORMER}|{_RESIDUAL}|.*\.(down|up)samplers\.0\.conv"
 TARGETS = {
     "attention": re.compile(_ATTENTION),
     "transformer": re.compile(_TRANSFORMER),
+    "convolution": re.compile(_CONVOLUTION),
     "text_encoder": re.compile(r".*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"),
 }
-"""Which module paths each set of targets takes; `text_encoder` applies to that network."""
+"""Which module paths each set of targets takes; `text_encoder` applies to that network.
+
+Each of "attention", "transformer" and "convolution" holds the one before; the last is what kohya
+calls LoCon.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def target_modules(parameter_names: Iterable[str], targets: str) -> list[str]:
 
 
 def adapter_size(shape: tuple[int, ...], rank: int) -> int:
-    """Scalars in the adapter of a weight of this shape (out, in) or (out, in, 1, 1)."""
+    """Scalars in the adapter of a weight of this shape (out, in) or (out, in, k, k)."""
     return rank * (shape[0] + math.prod(shape[1:]))
 
 

@@ -68,7 +68,7 @@ def test_the_demo_learns_ink(tmp_path: Path) -> None:
     losses = result["validation_loss"]
     assert losses["lora"] <= 0.8 * losses["base"]
 
-    pipeline = Pipeline(load_model_config("emoji"), open_base(ROOT / "assets" / "emoji-base"))
+    pipeline = Pipeline.load(load_model_config("emoji"), open_base(ROOT / "assets" / "emoji-base"))
     prompts = [f"ink emoji of {name}" for name in HELD_OUT]
     drawn = Settings(steps=20, scale=3.0)
     _, base = colour(pipeline.text_to_image(prompts, range(8), drawn))

@@ -313,7 +313,7 @@ def drawing(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> pipelin
     folder = tmp_path_factory.mktemp("base")
     for name, file in NETWORK_FILES.items():
         files.dump(folder / file, arrays(fill(models.build(cases.EMOJI, name))), {})
-    return pipeline.Pipeline(cases.EMOJI, open_base(folder))
+    return pipeline.Pipeline.load(cases.EMOJI, open_base(folder))
 
 
 @pytest.mark.parametrize("name", list(cases.VAES))
@@ -468,5 +468,6 @@ def test_the_size_of_a_lora_is_the_published_one(model: str) -> None:
 @pytest.mark.parametrize("name", ["sd21", "sd21-v"])
 def test_the_other_models_have_the_networks_of_sd20(name: str) -> None:
     config, reference = cases.published(name), cases.published("sd20")
-    assert (config.unet, config.vae) == (reference.unet, reference.vae)
+    unet = config.unet.model_copy(update={"upcast_attention": False})
+    assert (unet, config.vae) == (reference.unet, reference.vae)
     assert config.text_encoder == reference.text_encoder

@@ -95,7 +95,7 @@ def our_pictures(lora: Path | None) -> np.ndarray:
     """The same, drawn here."""
     from diffusion.pipeline import Pipeline, Settings
 
-    pipeline = Pipeline(MODEL, open_base(BASE))
+    pipeline = Pipeline.load(MODEL, open_base(BASE))
     if lora is not None:
         pipeline.merge_lora(lora_files.read(lora).adapters)
     return pipeline.text_to_image(PROMPTS, SEEDS, Settings(steps=STEPS, scale=SCALE))

@@ -1,0 +1,270 @@
+"""The UNet and the text encoder: adapters of every kind, half precision, upcast attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+from mindspore.nn.utils import no_init_parameters
+
+from diffusion import models
+from diffusion.config import ModelConfig, TextEncoderConfig, UNetConfig, load_model_config
+from diffusion.layers import GroupNorm, LayerNorm, ScaledDotProduct
+from diffusion.lora import adapters, inject, lora_parameters
+from diffusion.randomness import generator
+from diffusion.text_encoder import CLIPTextModel
+from diffusion.unet import UNet2DConditionModel
+from weights.lora import merge
+
+UNET = UNetConfig(
+    block_out_channels=(16, 32),
+    cross_attention=(False, False),
+    layers_per_block=1,
+    attention_heads=(2, 2),
+    cross_attention_dim=16,
+    norm_num_groups=8,
+)
+TEXT = TextEncoderConfig(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    hidden_act="quick_gelu",
+    pad_token_id=0,
+)
+RANK, ALPHA = 2, 3.0
+LOSS_SCALE = 1024.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def graph_mode() -> None:
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
+class Loss(nn.Cell):
+    """The mean squared difference to a target, scaled, and the network's output."""
+
+    def __init__(self, network: nn.Cell, scale: float):
+        super().__init__(auto_prefix=False)
+        self.network = network
+        self.scale = scale
+
+    def construct(self, target: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.network(*inputs)
+        error = output - target
+        return (error * error).mean() * self.scale, output
+
+
+class Gradient(nn.Cell):
+    """Output, loss and the gradient of the adapters as one vector."""
+
+    def __init__(self, network: nn.Cell, scale: float):
+        super().__init__(auto_prefix=False)
+        trained = ms.ParameterTuple(lora_parameters(network))
+        self.gradient = ops.value_and_grad(Loss(network, scale), None, trained, has_aux=True)
+
+    def construct(self, target: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (loss, output), gradients = self.gradient(target, *inputs)
+        return output, loss, ops.concat([gradient.reshape(-1) for gradient in gradients])
+
+
+class Trial:
+    """A network with adapters that are not zero, and its gradient as one graph."""
+
+    def __init__(self, kind: str, dtype: object = ms.float32, checkpointed: bool = False):
+        self.network = UNet2DConditionModel(UNET) if kind == "unet" else CLIPTextModel(TEXT)
+        fill(self.network)
+        models.store_as(self.network, dtype)
+        targets = "convolution" if kind == "unet" else "text_encoder"
+        self.modules = inject(self.network, targets, RANK, ALPHA)
+        fill(self.network, "lora_up.weight")
+        if checkpointed:
+            models.recompute(self.network)
+        self.scale = LOSS_SCALE if dtype == ms.float16 else 1.0
+        self.graph = Gradient(self.network, self.scale)
+        self.inputs = INPUTS[kind]
+
+    def __call__(self) -> tuple[np.ndarray, float, np.ndarray]:
+        output, loss, gradient = self.graph(*(Tensor(array) for array in self.inputs))
+        assert output.dtype == gradient.dtype == ms.float32
+        return output.asnumpy(), float(loss.asnumpy()), gradient.asnumpy() / self.scale
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {p.name: p.asnumpy().copy() for p in self.network.get_parameters()}
+
+    def put(self, tensors: dict[str, np.ndarray]) -> None:
+        models.set_weights(self.network, tensors.items(), "a test")
+
+
+def draw(name: str, *shape: int) -> np.ndarray:
+    return generator(3, name).standard_normal(shape).astype(np.float32)
+
+
+def fill(network: nn.Cell, ending: str = "") -> None:
+    """Made-up values in the parameters whose names end so; of the order of a trained network."""
+    for parameter in network.get_parameters():
+        if parameter.name.endswith(ending):
+            shape = tuple(parameter.shape)
+            value = draw(parameter.name, *shape)
+            if len(shape) > 1:
+                value /= np.sqrt(np.prod(shape[1:]))
+            elif parameter.name.endswith("weight"):
+                value = 1 + 0.1 * value
+            parameter.set_data(Tensor(value.astype(np.float32), parameter.dtype))
+
+
+INPUTS = {
+    "unet": (
+        draw("target", 2, 4, 8, 8),
+        draw("latents", 2, 4, 8, 8),
+        np.array([10, 700], np.int32),
+        draw("text", 2, 7, 16),
+    ),
+    "text_encoder": (
+        draw("hidden", 2, 9, 16),
+        generator(3, "ids").integers(50, size=(2, 9)).astype(np.int32),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=["unet", "text_encoder"])
+def trial(request: pytest.FixtureRequest) -> Iterator[Trial]:
+    yield Trial(request.param)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def test_an_adapter_in_the_weights_is_the_same_as_one_beside_them(trial: Trial) -> None:
+    apart, _, _ = trial()
+    tensors = trial.arrays()
+    trained = {name: array for name, array in tensors.items() if ".lora_" in name}
+    found = adapters(trained, ALPHA)
+    assert set(found) == set(trial.modules)
+    without = {name: np.zeros_like(array) for name, array in trained.items() if "_up." in name}
+    trial.put(without)
+    plain, _, _ = trial()
+    trial.put(merge(tensors, found))
+    merged, _, _ = trial()
+    trial.put(tensors)
+    assert np.abs(plain - apart).max() > 0.1 * np.abs(apart).max()
+    np.testing.assert_allclose(merged, apart, rtol=0, atol=1e-5 * np.abs(apart).max())
+
+
+def test_the_gradient_is_the_slope_of_the_loss(trial: Trial) -> None:
+    """Along random directions, one for each kind of layer, by central differences."""
+    _, _, gradient = trial()
+    parameters = lora_parameters(trial.network)
+    before = {p.name: p.asnumpy().copy() for p in parameters}
+    parts = np.split(gradient, np.cumsum([p.size for p in parameters])[:-1])
+    slopes = {p.name: part.reshape(p.shape) for p, part in zip(parameters, parts, strict=True)}
+    kinds: dict[str, list[str]] = {}
+    for name in before:
+        module, _, matrix = name.rpartition(".lora_")
+        kinds.setdefault(f"{module.rpartition('.')[2]} {matrix}", []).append(name)
+    step = 3e-3
+    for kind, names in kinds.items():
+        norm = np.sqrt(sum((slopes[name] ** 2).sum() for name in names))
+        losses = []
+        for sign in (1, -1):
+            along = {n: before[n] + sign * step * slopes[n] / norm for n in names}
+            trial.put(along)
+            losses.append(trial()[1])
+        trial.put({name: before[name] for name in names})
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(norm, rel=0.02), kind
+
+
+def test_half_precision_gives_nearly_the_same(trial: Trial) -> None:
+    kind = "unet" if len(trial.inputs) == 4 else "text_encoder"
+    output, loss, gradient = trial()
+    half = Trial(kind, ms.float16)
+    for name, cell in half.network.cells_and_names():
+        for parameter in cell.get_parameters(expand=False):
+            whole = isinstance(cell, GroupNorm | LayerNorm) or ".lora_" in parameter.name
+            assert parameter.dtype == (ms.float32 if whole else ms.float16), name
+    output_half, loss_half, gradient_half = half()
+    assert np.isfinite(gradient_half).all()
+    assert np.abs(output_half - output).max() < 0.01 * np.abs(output).max()
+    assert loss_half / LOSS_SCALE == pytest.approx(loss, rel=0.01)
+    assert cosine(gradient_half, gradient) > 0.999
+    assert np.linalg.norm(gradient_half) == pytest.approx(np.linalg.norm(gradient), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
+@pytest.mark.parametrize("network", ["unet", "text_encoder", "vae"])
+def test_what_is_stored_in_half_precision(network: str, dtype: object) -> None:
+    config = load_model_config("emoji")
+    with no_init_parameters():
+        cell = models.build(config, network, dtype)
+    found = {p.name: p.dtype for p in cell.get_parameters()}
+    if network == "vae":
+        assert set(found.values()) == {ms.float32}
+        return
+    norms = [name for name in found if "norm" in name]
+    assert norms
+    assert {found[name] for name in norms} == {ms.float32}
+    assert {found[name] for name in found if name not in norms} == {dtype}
+
+
+# ---- upcast attention
+
+
+class Attention(nn.Cell):
+    """Attention, and the gradients of q, k and v for a given one of the output."""
+
+    def __init__(self, attend: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.attend = attend
+        self.gradient = ops.GradOperation(get_all=True, sens_param=True)(attend)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+        return (self.attend(q, k, v), *self.gradient(q, k, v, dout))
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """The same in float64."""
+    scale = q.shape[-1] ** -0.5
+    scores = scale * q @ k.transpose(0, 2, 1)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    dp = dout @ v.transpose(0, 2, 1)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
+    return p @ v, ds @ k, ds.transpose(0, 2, 1) @ q, p.transpose(0, 2, 1) @ dout
+
+
+def test_upcast_attention_survives_scores_beyond_float16() -> None:
+    tokens, width = 6, 64
+    v, dout = draw("v", 2, tokens, width), 0.1 * draw("dout", 2, tokens, width)
+    # All scores are near 80 000 and differ by a few units.
+    q = np.full((2, tokens, width), 100, np.float32) + draw("q", 2, tokens, width)
+    k = np.full((2, tokens, width), 100, np.float32) + 0.05 * draw("k", 2, tokens, width)
+    half = [array.astype(np.float16) for array in (q, k, v, dout)]
+    wanted = attention(*(array.astype(np.float64) for array in half))
+    found = Attention(ScaledDotProduct(width, upcast=True))(*map(Tensor, half))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == ms.float16
+        np.testing.assert_allclose(ours.asnumpy(), theirs, atol=0.02 * np.abs(theirs).max())
+    plain = Attention(ScaledDotProduct(width))(*map(Tensor, half))
+    assert not np.isfinite(plain[0].asnumpy()).all()
+
+
+def test_upcast_attention_reaches_every_attention() -> None:
+    config = load_model_config("sd21-v")
+    assert config.unet.upcast_attention
+    for upcast in (True, False):
+        unet = models.build(small(config, upcast), "unet")
+        cells = [c for _, c in unet.cells_and_names() if isinstance(c, ScaledDotProduct)]
+        assert cells
+        assert {cell.upcast for cell in cells} == {upcast}
+
+
+def small(config: ModelConfig, upcast: bool) -> ModelConfig:
+    unet = UNET.model_copy(update={"upcast_attention": upcast})
+    return config.model_copy(update={"unet": unet})
