@@ -55,8 +55,9 @@ class Gradient(nn.Cell):
 
     def __init__(self, loss: DiffusionLoss, trained: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
+        self.scaled = _Scaled(loss)  # kept, so that `set_train` reaches the networks
         self.value_and_grad = ops.value_and_grad(
-            _Scaled(loss), None, ms.ParameterTuple(trained), has_aux=True
+            self.scaled, None, ms.ParameterTuple(trained), has_aux=True
         )
 
     def construct(self, scale: Tensor, *batch: Tensor) -> Tensor:
@@ -78,10 +79,11 @@ class Accumulate(nn.Cell):
 
 
 class Update(nn.Cell):
-    """The last micro-batch of a step: adds the buffer, all-reduces once, clips and updates.
+    """The end of a step: one all-reduce, clipping, and the optimizer.
 
-    The one vector that the processes exchange holds the gradient, the loss, and how many of them
-    were asked to stop. Whether it overflowed is seen in its sum: infinity and NaN survive that.
+    The gradient is that of the only micro-batch, or what `Accumulate` has gathered in `buffer`. The
+    one vector that the processes exchange holds the gradient, the loss, and how many of them were
+    asked to stop. Whether it overflowed is seen in its sum: infinity and NaN survive that.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class Update(nn.Cell):
         world_size: int,
     ):
         super().__init__(auto_prefix=False)
-        self.gradient = gradient
+        self.gradient = gradient if buffer is None else None
         self.optimizer = optimizer
         self.buffer = buffer
         self.scaling = scaling
@@ -104,11 +106,11 @@ class Update(nn.Cell):
     def construct(self, scalars: Tensor, *batch: Tensor) -> Tensor:
         """`scalars`: learning rate, EMA decay, growth of the loss scale, stop; see Outcome."""
         scale = self.scaling[0]
-        vector = self.gradient(scale, *batch)
-        if self.buffer is not None:
-            vector = vector + self.buffer
+        if self.gradient is not None:
+            vector = ops.concat((self.gradient(scale, *batch), scalars[3:]))
+        else:
+            vector = ops.concat((self.buffer, scalars[3:]))
             ops.assign(self.buffer, ops.zeros_like(self.buffer))
-        vector = ops.concat((vector, scalars[3:]))
         if self.all_reduce is not None:
             vector = self.all_reduce(vector)
         gradient = vector[:-2] / (self.micro_batches * scale)
@@ -163,7 +165,10 @@ class TrainStep:
         if accumulation > 1:
             zeros = np.zeros(optimizer.size + 1, np.float32)
             buffer = Parameter(Tensor(zeros), name="accumulated", requires_grad=False)
-        self.accumulate = Accumulate(gradient, buffer, self.scaling) if accumulation > 1 else None
+        self.accumulate = None
+        if accumulation > 1:
+            self.accumulate = Accumulate(gradient, buffer, self.scaling)
+            self.accumulate.set_train()
         self.update = Update(gradient, optimizer, buffer, self.scaling, accumulation, world_size)
         self.update.set_train()
 
@@ -175,10 +180,13 @@ class TrainStep:
         stop: bool = False,
     ) -> Tensor:
         """Starts a step; `outcome` waits for it."""
-        for batch in batches[:-1]:
+        scalars = Tensor((learning_rate, ema_decay, float(self.scaled), float(stop)), ms.float32)
+        if self.accumulate is None:
+            (batch,) = batches
+            return self.update(scalars, *self._inputs(batch))
+        for batch in batches:
             self.accumulate(*self._inputs(batch))
-        scalars = (learning_rate, ema_decay, float(self.scaled), float(stop))
-        return self.update(Tensor(scalars, ms.float32), *self._inputs(batches[-1]))
+        return self.update(scalars)
 
     def vectors(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on, by name, float32."""
