@@ -270,6 +270,10 @@ class GELU(nn.Cell):
         return (dout * (cdf + x * pdf),)
 
 
+# Primitives: the functions around them do not compile within the backward pass of a backward pass.
+_SOFTMAX, _CONCAT, _SUM = ops.Softmax(-1), ops.Concat(-1), ops.ReduceSum(keep_dims=True)
+
+
 class ScaledDotProduct(nn.Cell):
     """softmax(q kᵀ / √d) v on (batch·heads, tokens, d); `causal` hides later tokens.
 
@@ -297,7 +301,7 @@ class ScaledDotProduct(nn.Cell):
             tokens = q.shape[1]
             hidden = np.triu(np.full((1, tokens, tokens), -1e4, np.float32), 1)
             scores = scores + Tensor(hidden, scores.dtype)
-        return ops.softmax(scores, axis=-1)
+        return _SOFTMAX(scores)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.product(self.probabilities(q, k).astype(v.dtype), v)
@@ -312,8 +316,8 @@ class ScaledDotProduct(nn.Cell):
             q, k = q.astype(p.dtype), k.astype(p.dtype)
             v, dout = v.astype(p.dtype), dout.astype(p.dtype)
             out = self.product(p, v)
-        with_sum = ops.concat((dout, -(out * dout).sum(-1, keepdims=True)), -1)
-        with_one = ops.concat((v, _ONES(v[:, :, :1])), -1)
+        with_sum = _CONCAT((dout, -_SUM(out * dout, -1)))
+        with_one = _CONCAT((v, _ONES(v[:, :, :1])))
         ds = p * self.scores(with_sum, with_one) * self.scale
         dq, dk = self.product(ds, k), self.product_transposed(ds, q)
         return dq.astype(dtype), dk.astype(dtype), dv

@@ -13,8 +13,9 @@ from mindspore.nn.utils import no_init_parameters
 
 from diffusion.config import ModelConfig
 from diffusion.layers import GroupNorm, LayerNorm
+from diffusion.recomputed import Recomputed
 from diffusion.text_encoder import CLIPTextModel
-from diffusion.unet import UNet2DConditionModel
+from diffusion.unet import Transformer2D, UNet2DConditionModel
 from diffusion.vae import AutoencoderKL
 from weights.base import Base
 from weights.files import WeightsError
@@ -65,6 +66,21 @@ def load(
         )
     set_weights(cell, found.tensors(np.float32, allow_nan), f"{base.path}")
     return cell
+
+
+def recompute(unet: nn.Cell) -> None:
+    """Let the transformer blocks keep their inputs alone for the backward pass.
+
+    A training step then needs less memory and more time. To be called when it is settled which
+    parameters are trained, that is, after `lora.inject`.
+    """
+    for _, cell in list(unet.cells_and_names()):
+        if isinstance(cell, Transformer2D):
+            names = [(parameter, parameter.name) for parameter in cell.get_parameters()]
+            for i, block in enumerate(cell.transformer_blocks):
+                cell.transformer_blocks[i] = Recomputed(block)
+            for parameter, name in names:
+                parameter.name = name
 
 
 def set_weights(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], source: str) -> None:

@@ -61,12 +61,12 @@ class Attention(nn.Cell):
 class GEGLU(nn.Cell):
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.inner = inner
         self.proj = Linear(width, 2 * inner)
+        self.split = ops.Split(-1, 2)
         self.gated = GatedGELU()
 
     def construct(self, x: Tensor) -> Tensor:
-        hidden, gate = ops.split(self.proj(x), self.inner, -1)
+        hidden, gate = self.split(self.proj(x))
         return self.gated(hidden, gate)
 
 
@@ -107,16 +107,13 @@ class Transformer2D(nn.Cell):
     def __init__(self, config: UNetConfig, level: int):
         super().__init__()
         channels, linear = config.block_out_channels[level], config.use_linear_projection
-        block = TransformerBlock(
-            channels,
-            config.cross_attention_dim,
-            config.attention_heads[level],
-            config.upcast_attention,
-        )
+        heads, upcast = config.attention_heads[level], config.upcast_attention
         self.linear = linear
         self.norm = GroupNorm(config.norm_num_groups, channels, TRANSFORMER_EPS)
         self.proj_in = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.CellList([block])
+        self.transformer_blocks = nn.CellList(
+            [TransformerBlock(channels, config.cross_attention_dim, heads, upcast)]
+        )
         self.proj_out = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
