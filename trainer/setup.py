@@ -17,6 +17,7 @@ from diffusion.models import in_batches, recompute
 from diffusion.pipeline import Pipeline
 from diffusion.tokenizer import Tokenizer, clip_vocabulary
 from trainer.batches import Batch, Draws, Order, Sampling, assemble, training_draws
+from trainer.compiled import CompiledStep
 from trainer.config import RunConfig
 from trainer.data import (
     ENCODE_BATCH,
@@ -54,6 +55,7 @@ class Ready:
     sampling: Sampling
     latents: Latents
     text: Text
+    compiled: CompiledStep
     draw: Callable[[Path], None] | None
     """Draws the pictures of `samples` into a file; None if none are asked for."""
 
@@ -135,6 +137,7 @@ def prepare(config: RunConfig, plan: Plan, scan: Scan, group: Group, events: Eve
         sampling,
         latents,
         text,
+        _compiled(config, plan, model, text_in_step, group.rank_id),
         draw,
     )
 
@@ -154,6 +157,26 @@ def batch_of(ready: Ready, part: Ahead) -> Batch:
     """The batch from what was read of it; encodes images if there is no cache of latents."""
     draws, read, picture_weights, text = part
     return assemble(draws, ready.latents.moments(read), picture_weights, text, ready.sampling)
+
+
+def _compiled(
+    config: RunConfig, plan: Plan, model: ModelConfig, text_in_step: bool, rank_id: int
+) -> CompiledStep:
+    """The compiled step of this rank, with everything that it is made of."""
+    facts = {
+        "model": model.model_dump(mode="json"),
+        "train": config.train,
+        "lora": config.lora.model_dump(mode="json", exclude={"start"}),
+        "optimizer": config.optimizer.model_dump(mode="json"),
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "text_in_step": text_in_step,
+        "precision": plan.precision,
+        "device_target": plan.device_target,
+        "split": [plan.devices, plan.micro_batch, plan.accumulation],
+        "rank_id": rank_id,
+    }
+    folder = Path(config.cache) / "graphs" if config.cache is not None else None
+    return CompiledStep(folder, facts)
 
 
 def _sampling(config: RunConfig, model: ModelConfig, modules: int) -> Sampling:

@@ -117,7 +117,7 @@ def train(
             if shape in compiled:
                 journal.add(done, step(batches, rate, decay, bool(asked_to_stop)))
             else:
-                with journal.apart("compiling"):
+                with journal.apart("compiling"), ready.compiled.used(shape):
                     result = step(batches, rate, decay, bool(asked_to_stop))
                     result.asnumpy()
                 journal.add(done, result, compiled=True)

@@ -308,6 +308,21 @@ def save(
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     check_space(final, sum(array.nbytes for array in arrays.values()))
     save_file(arrays, part, metadata=dict(metadata or {}))
+    _sort_metadata(part)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order: the library shuffles it, and one content is one file."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:

@@ -66,7 +66,7 @@ def short_run(folder: Path, devices: int, *overrides: str) -> list[str]:
     settings = (
         f"output={folder}",
         f"registry={folder / 'registry'}",
-        f"cache={folder / 'cache'}",
+        f"cache={folder.parent / 'cache'}",
         "epochs=null",
         f"images={STEPS * 16}",
         *overrides,
@@ -98,7 +98,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def accumulated(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One worker, four times four images."""
-    return launch(tmp_path_factory.mktemp("accumulated"), 1, "micro_batch=4")
+    folder = tmp_path_factory.mktemp("accumulated")
+    return launch(folder, 1, "micro_batch=4", "data.validation=null")
 
 
 def test_both_ranks_end_with_the_same_weights_to_the_bit(two: Run) -> None:
@@ -149,8 +150,10 @@ def test_a_cache_is_used_again_and_only_what_changed_is_encoded(two: Run, tmp_pa
     with Image.open(images / "ant.png") as image:
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(images / "ant.png")
     (images / "axe.txt").write_text("ink emoji of hatchet")
-    cache = two.registry.parent / "cache"
-    run = launch(tmp_path, 1, f"data.train={images}", f"cache={cache}", "images=16")
+    cache = two.registry.parents[1] / "cache"
+    run = launch(
+        tmp_path, 2, f"data.train={images}", f"cache={cache}", "images=16", "data.validation=null"
+    )
     filled = [(event["kind"], event["done"], event["total"]) for event in run.events("cache")]
     assert filled == [("images", 1, 1), ("captions", 1, 1)]
 

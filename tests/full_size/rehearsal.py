@@ -148,8 +148,9 @@ def run(networks: dict[str, Any], config: Any, watch: Watch) -> dict[str, list[f
 
     from diffusion.lora import inject, lora_parameters
     from trainer.batches import Batch
+    from trainer.config import OptimizerConfig
     from trainer.data import Encode
-    from trainer.optimizer import FlatAdamW
+    from trainer.optimizer import AdamW
     from trainer.step import DiffusionLoss, TrainStep
 
     rng = np.random.default_rng(0)
@@ -181,16 +182,14 @@ def run(networks: dict[str, Any], config: Any, watch: Watch) -> dict[str, list[f
 
     inject(unet, "attention", RANK, RANK)
     parameters = lora_parameters(unet)
-    step = TrainStep(
-        DiffusionLoss(unet, None), FlatAdamW(parameters, (0.9, 0.999), 1e-8, 0.01, 1.0), [], 1, 1
-    )
+    step = TrainStep(DiffusionLoss(unet, None), AdamW(parameters, OptimizerConfig()), [], 1, 1)
     target = rng.standard_normal(latents.shape, np.float32)
-    batch = Batch(latents, timesteps, text, target, np.ones(1, np.float32))
+    batch = Batch(latents, timesteps, text, target, np.ones_like(target))
     before = {p.name: p.asnumpy().copy() for p in parameters}
     with watch("training step, the first"):
-        first = step([batch], 1, 1e-3, 0.0).asnumpy()
+        first = step([batch], 1e-3).asnumpy()
     with watch("training step, the second"):
-        second = step([batch], 2, 1e-3, 0.0).asnumpy()
+        second = step([batch], 1e-3).asnumpy()
     outputs["training step"] = [*map(float, first), *map(float, second)]
     moved = sum(not np.array_equal(before[p.name], p.asnumpy()) for p in parameters)
     outputs["moved"] = [float(moved), float(len(parameters))]

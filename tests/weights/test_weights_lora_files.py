@@ -452,3 +452,17 @@ def test_the_model_hash_is_that_of_the_tensors_alone(tmp_path: Path) -> None:
     assert len(digests) == 1
     lora_files.write(path, adapters_of(SHARED, 2.0), {})
     assert files.metadata(path)["sshs_model_hash"] not in digests
+
+
+def test_one_content_is_one_file(tmp_path: Path) -> None:
+    """The library that writes safetensors would put the metadata in another order each time."""
+    tensors = {f"weight {n}": np.full((2, n + 1), n, np.float32) for n in range(5)}
+    metadata = {f"key {n} ü": json.dumps({"a": n, "b/": '"'}) for n in range(20)}
+    paths = [tmp_path / f"{n}.safetensors" for n in range(5)]
+    for path in paths:
+        files.dump(path, tensors, metadata)
+    assert len({path.read_bytes() for path in paths}) == 1
+    opened = files.open_tensors(paths[0])
+    assert opened.metadata == metadata
+    for name, tensor in files.load(paths[0]).items():
+        np.testing.assert_array_equal(tensor, tensors[name])
