@@ -228,7 +228,7 @@ def test_every_asset_folder_carries_its_licence() -> None:
 
 # ---- what Ascend can run
 
-HOST_METHODS = {"asnumpy", "item", "tolist", "set_data", "init_data", "register_hook"}
+HOST_METHODS = {"asnumpy", "item", "tolist", "set_data", "set_dtype", "init_data", "register_hook"}
 """Methods of Tensor and Parameter that are not operators."""
 
 

@@ -1,9 +1,9 @@
 """The compiled step on disk, so that the second start of a run does not compile it again.
 
-MindSpore's own cache looks at the source files and at the order in which graphs are compiled, not at
-what a graph was made of: it would give a run the graph of another one. So a step has a folder of its
-own here, named after the digest of everything that it follows from. The folder cannot be changed in
-a process that has used one; that is why only the first shape's step is kept.
+MindSpore's own cache looks at the source files and at the order in which graphs are compiled, not
+at what a graph was made of: it would give a run the graph of another one. So a step has a folder of
+its own here, named after the digest of everything that it follows from. The folder cannot be
+changed in a process that has used one; that is why only the first shape's step is kept.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optimizer": {"name": "prodigy", "ema_decay": 0.9, "warmup_steps": 2},
         "epochs": 1,
         "global_batch": 8,
-        "micro_batch": 2,
+        "micro_batch": 4,
         "noise_offset": 0.05,
         "zero_terminal_snr": True,
         "gradient_checkpointing": True,

@@ -88,13 +88,13 @@ def main() -> None:
     import mindspore
     from mindspore.communication import get_rank, init
 
+    if BEHAVIOUR == "save" and not scheduler:
+        signal.signal(signal.SIGTERM, stop)
     mindspore.set_device("CPU")
     init()
     if get_rank() == 0:
         emit("phase", phase="loading base")
     if BEHAVIOUR in ("wait", "save"):
-        if BEHAVIOUR == "save":
-            signal.signal(signal.SIGTERM, stop)
         if get_rank() == 0:
             emit("phase", phase="training")
         while True:

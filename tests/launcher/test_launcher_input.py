@@ -185,9 +185,9 @@ def test_dry_run_prints_and_writes_nothing(config: Path) -> None:
         "emoji, ",
         "LoRA of rank 2 on the UNet's attention: 15,360 parameters",
         "nothing, there is one device",
-        "4, seen 10 times: 40 samples",
+        "4, 10 epochs: 40 samples",
         "2 held-out images",
-        "4 = 1 device × 4 images × 1 accumulation",
+        "4 images a step = 1 × 4 at once × 1 accumulated",
         "0.0001, cosine",
         "tiny in ",
     ):

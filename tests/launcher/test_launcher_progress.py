@@ -81,5 +81,5 @@ def test_bar_on_a_terminal(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plan_in_words(job: Job) -> None:
     plan = dataclasses.replace(job.plan, devices=2, accumulation=3)
     text = plan_text(dataclasses.replace(job, plan=plan))
-    assert "2 devices × 4 images × 3 accumulation" in text
+    assert "over all 2 devices = 2 × 4 at once × 3 accumulated" in text
     assert "61,448 bytes each step" in text

@@ -87,7 +87,7 @@ def test_summary(job: Job) -> None:
     text = result_text(job, RESULT, "tiny@1")
     for words in (
         "0.5000 → 0.4000 (-20.0%)",
-        "1:10, of that training 0:02, 18 images/s",
+        "1:10, of that training 0:02, 20 images/s",
         "equal on all 2 ranks",
         "132 bytes each step",
         "attempt_1/lora.safetensors",

@@ -323,7 +323,7 @@ def test_the_autoencoder(golden: Golden, drawing: pipeline.Pipeline, name: str) 
     images, latents = cases.images_and_latents(name)
     moments = Encode(vae)(Tensor(images)).asnumpy()
     close(moments[:, :4], golden[f"vae_{name}_mean"])
-    close(moments[:, 4:], golden[f"vae_{name}_std"])
+    close(np.exp(moments[:, 4:] / 2), golden[f"vae_{name}_std"])
     close(in_batches(vae, latents, pipeline.BATCH), golden[f"vae_{name}_decoded"])
 
 
@@ -421,9 +421,9 @@ def test_adamw_with_clipping(golden: Golden) -> None:
     for step in range(cases.ADAM_STEPS):
         parts = (cases.array(f"g1 {step}", 3, 4), cases.array(f"g2 {step}", 5))
         gradient = np.concatenate([part.ravel() for part in parts])
-        scalars = (cases.ADAM["lr"], *optimizer.corrections(step + 1), decay)
-        norm = optimizer(Tensor(gradient), *(Tensor(s, ms.float32) for s in scalars))
-        assert float(norm.asnumpy()) == pytest.approx(float(np.linalg.norm(gradient)), rel=1e-6)
+        scalars = (Tensor(s, ms.float32) for s in (cases.ADAM["lr"], decay))
+        norm, *_ = optimizer(Tensor(gradient), *scalars).asnumpy()
+        assert norm == pytest.approx(float(np.linalg.norm(gradient)), rel=1e-6)
         average = decay * average + (1 - decay) * vector(parameters)
     close(vector(parameters), golden["adam"], 1e-6)
     close(optimizer.average.asnumpy(), average, 1e-6)

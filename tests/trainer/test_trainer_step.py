@@ -19,10 +19,10 @@ from trainer.optimizer import AdamW
 from trainer.step import GROW_AFTER, DiffusionLoss, TrainStep, outcome
 
 UNET = UNetConfig(
-    block_out_channels=(16, 32),
-    cross_attention=(False, True),
+    block_out_channels=(16,),
+    cross_attention=(True,),
     layers_per_block=1,
-    attention_heads=(2, 2),
+    attention_heads=(2,),
     cross_attention_dim=16,
     norm_num_groups=8,
 )
