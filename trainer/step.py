@@ -39,29 +39,26 @@ class DiffusionLoss(nn.Cell):
 
 
 class _Scaled(nn.Cell):
-    """The mean loss times the loss scale, and the mean loss."""
+    """The mean loss times the loss scale."""
 
     def __init__(self, loss: DiffusionLoss):
         super().__init__(auto_prefix=False)
         self.loss = loss
 
-    def construct(self, scale: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        loss = self.loss(*batch).mean()
-        return loss * scale, loss
+    def construct(self, scale: Tensor, *batch: Tensor) -> Tensor:
+        return self.loss(*batch).mean() * scale
 
 
 class Gradient(nn.Cell):
-    """The scaled gradient of all trained parameters and the loss, in one flat vector."""
+    """The gradient of all trained parameters and the loss, both scaled, in one flat vector."""
 
     def __init__(self, loss: DiffusionLoss, trained: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
         self.scaled = _Scaled(loss)  # kept, so that `set_train` reaches the networks
-        self.value_and_grad = ops.value_and_grad(
-            self.scaled, None, ms.ParameterTuple(trained), has_aux=True
-        )
+        self.value_and_grad = ops.value_and_grad(self.scaled, None, ms.ParameterTuple(trained))
 
     def construct(self, scale: Tensor, *batch: Tensor) -> Tensor:
-        (_, loss), gradients = self.value_and_grad(scale, *batch)
+        loss, gradients = self.value_and_grad(scale, *batch)
         return ops.concat((flatten(gradients), loss.reshape(1)))
 
 
@@ -113,16 +110,15 @@ class Update(nn.Cell):
             ops.assign(self.buffer, ops.zeros_like(self.buffer))
         if self.all_reduce is not None:
             vector = self.all_reduce(vector)
-        gradient = vector[:-2] / (self.micro_batches * scale)
-        norm, applied, rate = self.optimizer(gradient, scalars[0], scalars[1])
+        mean = vector[:-1] / (self.micro_batches * scale)
+        norm, applied, rate = self.optimizer(mean[:-1], scalars[0], scalars[1])
         # Overflow: half the scale, and count anew; long enough without: double, and count anew.
         good = applied * (self.scaling[1] + 1)
         grown = (good >= GROW_AFTER).astype(good.dtype)
         factor = (1 + grown) * (0.5 + 0.5 * applied)
         new_scale = scale + scalars[2] * (scale * factor - scale)
         ops.assign(self.scaling, ops.stack((new_scale, good * (1 - grown))))
-        loss = vector[-2] / self.micro_batches
-        return ops.stack((loss, norm, applied, rate, scale, vector[-1]))
+        return ops.stack((mean[-1], norm, applied, rate, scale, vector[-1]))
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "micro_batch": 4,
         "noise_offset": 0.05,
         "zero_terminal_snr": True,
-        "gradient_checkpointing": True,
         "validate_every": 16,
         "patience": 9,
         "samples": {"prompts": PROMPTS, "every": 32, "steps": 2},

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.end_to_end.test_main_job import Run, begin, launch, newest_step, short_run
+from tests.end_to_end.test_main_job import Run, begin, difference, launch, newest_step, short_run
 from weights import files
 
 STEPS = 40
@@ -35,17 +35,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     }
 
 
-def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    """Norm of the difference of two LoRAs relative to the first."""
-    apart = sum(float(((one[k] - other[k]) ** 2).sum()) for k in one)
-    return float(np.sqrt(apart / sum(float((one[k] ** 2).sum()) for k in one)))
-
-
 def test_the_curves_lie_over_each_other(runs: dict[str, Run], project_root: Path) -> None:
     first = runs["1 worker"]
     for name, run in runs.items():
         curve = float(np.abs(run.losses / first.losses - 1).max())
-        weights = difference(first.lora, run.lora)
+        weights = difference(first, run)
         print(f"{name}: loss curve within {curve:.1e}, weights within {weights:.1e}")
         assert curve <= 1e-5
         assert weights <= 1e-4
