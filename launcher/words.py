@@ -40,7 +40,7 @@ def plan_text(job: Job) -> str:
         "base": f"{plan.model}, {config.base.weights} ({plan.base})",
         "trained": trained,
         "all-reduced": synced,
-        "images": _images_text(plan),
+        "images": _images_text(job),
         **_shapes_row(plan),
         **_cache_row(job),
         "validation": validation,
@@ -48,7 +48,7 @@ def plan_text(job: Job) -> str:
             f"{plan.global_batch} images a {per_step} = {plan.devices} × "
             f"{plan.micro_batch} at once × {plan.accumulation} accumulated"
         ),
-        "steps": f"{plan.steps:,}"
+        "steps": (f"{plan.steps:,}" if plan.steps else "follow from the images")
         + (f", of which {plan.start_step:,} are done" if plan.start_step else ""),
         "learning rate": f"{plan.learning_rate:g}, {plan.schedule}{warm}; {optimizer.name}",
         "weight decay": (
@@ -72,12 +72,16 @@ def plan_text(job: Job) -> str:
         "run folder": str(job.folder),
         "published as": published if config.registry else "not published",
     }
+    if plan.not_at_hand:
+        rows["to start"] = f"needs {' and '.join(plan.not_at_hand)}"
     return "\n".join([f"plan of {plan.name}", *table(rows)])
 
 
-def _images_text(plan: Plan) -> str:
+def _images_text(job: Job) -> str:
+    plan = job.plan
     if not plan.examples:
-        return f"not at hand; {plan.steps:,} steps" if plan.steps else "not at hand"
+        wanted = f"{plan.images:,} samples" if plan.images else f"{job.config.epochs:g} epochs"
+        return f"not at hand; {wanted} of them"
     text = f"{plan.examples:,}, {plan.epochs:.4g} epochs: {plan.images:,} samples"
     if plan.repeated:
         text += f"; {plan.repeated:,} in each epoch again, to fill up batches of one shape"
@@ -91,8 +95,10 @@ def _shapes_row(plan: Plan) -> dict[str, str]:
 
 
 def _cache_row(job: Job) -> dict[str, str]:
-    if job.plan.cached is None:
+    if job.config.cache is None or job.config.data.crop == "random":
         return {"cache": "none: latents are computed at every step"}
+    if job.plan.cached is None:
+        return {"cache": job.config.cache}
     there, needed = job.plan.cached
     return {"cache": f"{job.config.cache}, has {there:,} of {needed:,} images"}
 

@@ -23,7 +23,7 @@ CASES = {
     "1 worker": (1, "micro_batch=16"),
     "2 workers": (2, "micro_batch=8"),
     "4 workers": (4, "micro_batch=4"),
-    "1 worker, 4 × 4 accumulated": (1, "micro_batch=4"),
+    "1 worker, 4 x 4 accumulated": (1, "micro_batch=4"),
 }
 
 
