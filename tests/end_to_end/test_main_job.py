@@ -68,6 +68,8 @@ def short_run(folder: Path, devices: int, *overrides: str) -> list[str]:
         f"registry={folder / 'registry'}",
         f"cache={folder.parent / 'cache'}",
         "epochs=null",
+        "validate_every=null",
+        "samples=null",
         f"images={STEPS * 16}",
         *overrides,
     )
