@@ -72,7 +72,7 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
     """
     config = load_config(_config_path(request), request.overrides)
     machine = this_machine(request.device_target)
-    device_ids = parse_devices(request.devices, machine)
+    device_ids = parse_devices(request.devices or _devices_before(request), machine)
     plan, data = make_plan(config, len(device_ids), machine.device_target, request.dry_run)
     if request.resume is not None:
         plan = _resumed(plan, config, request.resume, request.accept_changes)
@@ -158,6 +158,15 @@ def _attempts(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[8:]))
 
 
+def _devices_before(request: Request) -> str | None:
+    """How many devices the run had that is resumed: on as many it ends with the same bits."""
+    attempts = _attempts(request.resume) if request.resume is not None else []
+    plan = attempts[-1] / "plan.json" if attempts else None
+    if plan is None or not plan.is_file():
+        return None
+    return str(json.loads(plan.read_text(encoding="utf-8"))["devices"])
+
+
 def _config_path(request: Request) -> Path:
     """The config that was named, or that of the run to go on with."""
     if request.config is not None:
@@ -192,6 +201,11 @@ def _resumed(plan: Plan, config: RunConfig, folder: Path, accept_changes: bool) 
         raise LaunchError(
             f"{folder}: this would not be the same run: {'; '.join(changes)}; undo it, or go on "
             "with --accept-changes"
+        )
+    if state.images != state.step * plan.global_batch:
+        raise LaunchError(
+            f"{folder}: its checkpoint counts {state.images} samples in {state.step} steps, which "
+            f"no run of global_batch {plan.global_batch} does; set it as it was"
         )
     if state.step >= plan.steps:
         raise LaunchError(

@@ -49,6 +49,8 @@ def _watch(job: Job, processes: RunProcesses, progress: Progress, signals: list[
             progress.show(event)
         if signals:
             _stop(processes, progress, signals)
+            if (job.attempt / "result.json").is_file():
+                return  # the signal came after the last step: what is done is published
             raise Interrupted(signals[0], saved_text(job))
         if failure := _failure(job.attempt, processes, msrun_exit):
             raise failure

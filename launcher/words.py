@@ -146,7 +146,7 @@ def result_text(job: Job, result: Result, reference: str | None) -> str:
     digest = result.rank_digests[0][:12]
     count = len(result.rank_digests)
     if count > 1:
-        rows["weights"] = f"equal on all {count} ranks, sha256 {digest}…"
+        rows["weights"] = f"equal on all {count} ranks at the end, sha256 {digest}…"
         rows["all-reduced"] = f"{result.synced_bytes:,} bytes each step"
     rows["file"] = str(job.folder / job.attempt.name / result.artifact)
     if reference:

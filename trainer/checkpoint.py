@@ -8,6 +8,7 @@ so no state of a random generator is needed. Needs no MindSpore.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -48,7 +49,7 @@ class Validation:
         """With one more measurement; the first, at step 0, is of the base."""
         if step == 0:
             return Validation(before=loss, last=loss)
-        if self.best is None or loss < self.best:
+        if math.isfinite(loss) and (self.best is None or loss < self.best):
             return Validation(self.before, loss, loss, step)
         return replace(self, last=loss, not_better=self.not_better + 1)
 

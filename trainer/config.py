@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -12,9 +12,16 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message is one sentence with the remedy."""
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
@@ -174,7 +181,7 @@ class OptimizerConfig(_Strict):
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear rise to the peak."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the two moments."""
 
     eps: float = Field(1e-8, gt=0)

@@ -69,8 +69,10 @@ class Journal:
         self.settle(0)
         self._tick()
         self.events.phase(phase)
-        yield
-        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = time.monotonic()
         self.events.phase("training")
 
     def _tick(self) -> None:
@@ -96,7 +98,7 @@ class Journal:
             skipped=not found.applied,
             images_per_second=self.images_per_second,
         )
-        if self._skipped_in_a_row > MOST_SKIPPED:
+        if self._skipped_in_a_row >= MOST_SKIPPED:
             raise DivergedError(
                 f"loss or gradient were not finite for {self._skipped_in_a_row} steps in a row, up "
                 f"to step {number + 1}; the last checkpoint is from before; use a smaller "

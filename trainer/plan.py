@@ -158,16 +158,19 @@ def make_plan(
         adapted = trained_shapes(config, shapes).values()
         parameters = sum(adapter_size(shape, config.lora.rank) for shape in adapted)
     digests = base.digests() if base else {}
+    precision = _precision(config, device_target)
     plan = Plan(
         name=config.name,
         model=name,
         base=describe_base(base) if base else "not at hand",
         base_digest=combined_digest(digests),
         vae_key=_network_key(base, "vae", model, digests) if base else "",
-        text_key=_network_key(base, "text_encoder", model, digests) if base else "",
+        text_key=f"{precision} {_network_key(base, 'text_encoder', model, digests)}"
+        if base
+        else "",
         data_digest=scan.training.digest(),
         train=config.train,
-        precision=_precision(config, device_target),
+        precision=precision,
         device_target=device_target,
         devices=devices,
         examples=len(scan.training.examples),

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import mindspore as ms
@@ -65,11 +66,12 @@ def train(
             events.emit("validation", step=done, loss=value, quarters=parts)
         return validation.with_loss(value, done)
 
-    def save(done: int) -> None:
+    def save(done: int) -> bool:
+        """Write a checkpoint; False if the disk is full."""
         with journal.apart("saving"):
             _check_agreement(group, optimizer.weights(), done)
             if group.rank_id != 0:
-                return
+                return True
             state = State(
                 step=done,
                 images=done * plan.global_batch,
@@ -85,13 +87,14 @@ def train(
                 path = checkpoint.save(checkpoints, state, step.vectors(), config.keep_checkpoints)
             except WeightsError as error:  # the disk is full: the next one may find room
                 events.emit("warning", step=done, text=f"no checkpoint of step {done}: {error}")
-                return
+                return False
             events.emit(
                 "checkpoint",
                 step=done,
                 bytes=path.stat().st_size,
                 seconds=time.monotonic() - begun,
             )
+            return True
 
     def draw(done: int) -> None:
         if ready.draw is not None:
@@ -124,9 +127,9 @@ def train(
                 compiled.add(shape)
             done += 1
             journal.settle(1)
-            if journal.stop and done < plan.steps:
-                break
-            if _due(done, plan.validate_steps) or (done == plan.steps and validation.before):
+            if _due(done, plan.validate_steps) or (
+                done == plan.steps and validation.before is not None
+            ):
                 validation = validate(done)
             if _due(done, plan.sample_steps) or done == plan.steps:
                 draw(done)
@@ -134,11 +137,17 @@ def train(
                 _due(done, config.save_every) or validation.best_step == done
             ):
                 save(done)
+            if journal.stop and done < plan.steps:
+                break  # after what is due at this step, so that nothing of it is missing later
             if config.patience and validation.not_better >= config.patience:
                 break
     journal.settle(0)
     if journal.stop and done < plan.steps:
-        save(done)
+        if not save(done):
+            raise DataError(
+                f"the run was asked to stop after step {done}, but the disk is full; free some "
+                "space and resume from the checkpoint before"
+            )
         if group.rank_id == 0:
             write_json(attempt / "stopped.json", {"step": done, "steps": plan.steps})
         return
@@ -148,11 +157,16 @@ def train(
     if group.rank_id != 0:
         return
     published = validation.best_step or done
-    if published != done:
-        best = checkpoint.path_of(checkpoints, published)
+    best = checkpoint.path_of(checkpoints, published)
+    if published != done and best.is_file():
         optimizer.restore(checkpoint.read_vectors(best))
+    elif published != done:
+        text = f"the best step, {published}, could not be saved; the last one is published"
+        events.emit("warning", step=done, text=text)
+        published, validation = done, replace(validation, best=validation.last)
     _save_artifact(config, plan, ready, attempt)
-    losses = {"base": validation.before, "lora": validation.best}
+    after = validation.last if validation.best is None else validation.best
+    losses = {"base": validation.before, "lora": after}
     write_json(
         attempt / "result.json",
         {
@@ -211,7 +225,13 @@ def _resume(
             f"{path}: this checkpoint is of other tensors than the config trains; resume with the "
             "config that it was made with"
         )
-    ready.step.restore(checkpoint.read_vectors(path))
+    vectors = checkpoint.read_vectors(path)
+    if vectors.keys() != ready.step.vectors().keys():
+        raise DataError(
+            f"{path}: this checkpoint is of another optimizer than the config asks for; resume "
+            "with optimizer.name as it was"
+        )
+    ready.step.restore(vectors)
     return state.validation, state.seconds
 
 
@@ -224,8 +244,10 @@ def _averaged(ready: Ready, ema_decay: float) -> Iterator[None]:
     optimizer = ready.step.optimizer
     weights = optimizer.weights()
     optimizer.set_weights(optimizer.average.asnumpy())
-    yield
-    optimizer.set_weights(weights)
+    try:
+        yield
+    finally:
+        optimizer.set_weights(weights)
 
 
 def _rank_digests(group: Group, weights: np.ndarray) -> list[str]:
@@ -241,10 +263,11 @@ def _check_agreement(group: Group, weights: np.ndarray, done: int) -> None:
     usual = max(digests, key=digests.count)
     others = [str(rank_id) for rank_id, digest in enumerate(digests) if digest != usual]
     if others:
+        majority = len(others) < len(digests) / 2
+        odd = f"rank {', '.join(others)}" if majority else "the ranks differ: those of some"
         raise DivergedError(
-            f"after step {done} the weights of rank {', '.join(others)} are not those of the "
-            "others; the last checkpoint is from before; look for a fault of that device, then "
-            "resume"
+            f"after step {done} the weights of {odd} are not those of the others; the last "
+            "checkpoint is from before; look for a fault of a device, then resume"
         )
 
 

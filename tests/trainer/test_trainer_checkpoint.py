@@ -71,6 +71,7 @@ def test_validation_remembers_the_best_and_counts_what_is_no_better() -> None:
     for step, loss in enumerate([0.9, 0.8, 0.85, 0.8, 0.7, 0.9]):
         seen = seen.with_loss(loss, 10 * step)
     assert seen == Validation(before=0.9, last=0.9, best=0.7, best_step=40, not_better=1)
+    assert Validation(before=0.9).with_loss(float("nan"), 10).best is None
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
