@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 class LaunchError(ValueError):
     """Nothing was started, because of the input; the message is one sentence."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What ended an attempt, as far as it can be told."""
+
+    text: str
+    """One sentence that names the rank and its error."""
+    exit_code: int = 1
+    """The rank's own, 128 + n if signal n ended it; 2 if the input is to blame."""
+    traceback: str | None = None
+    """The rank's."""
+    killed: bool = False
+    """By a signal, and so not by what happened to another rank."""
+    port_taken: bool = False
+    """Somebody else took the scheduler's port before the scheduler did."""
+
+    @property
+    def user(self) -> bool:
+        """Is the input to blame, so that another attempt would end the same way?"""
+        return self.exit_code == 2
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, of which Failure(**values) makes it again."""
+        return asdict(self)
+
+
 class RunFailed(Exception):
-    """A run that was started did not end well; the message names the rank and its error.
+    """A run that was started did not end well."""
 
-    `user` tells that the input is to blame and not the program; `traceback` is the worker's.
-    """
-
-    def __init__(self, message: str, *, user: bool = False, traceback: str | None = None):
-        super().__init__(message)
-        self.user = user
-        self.traceback = traceback
+    def __init__(self, failure: Failure):
+        super().__init__(failure.text)
+        self.failure = failure
 
 
 class Stopped(Exception):

@@ -139,8 +139,8 @@ def write(job: Job) -> None:
             made = job.folder
         job.attempt.mkdir()
         made = made or job.attempt
-        (job.attempt / "logs").mkdir()
-        (job.attempt / "errors").mkdir()
+        for name in ("logs", "errors", "beats", "stacks"):
+            (job.attempt / name).mkdir()
         for name, text in files.items():
             (job.attempt / name).write_text(text, encoding="utf-8")
     except OSError as error:

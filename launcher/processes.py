@@ -15,8 +15,12 @@ from pathlib import Path
 
 import psutil
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_SECONDS = 10.0
+_LAUNCHER = "LORA_LAUNCHER"
+"""Variable that all processes of a run inherit: the launcher's id and the time it started."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _NAMED_BY_MSRUN = re.compile(
     r"Worker process (?P<pid>\d+) exit with exception\. Error code: (?P<code>-?\d+)"
 )
@@ -52,17 +56,21 @@ class RunProcesses:
         self._others = set(self._launcher.children(recursive=True))
         self._log = log
         self._members: dict[psutil.Process, Member] = {}
+        self._stopped: dict[psutil.Process, float] = {}
         # A scheduler of the machine may have set this for the launcher. A worker between fork and
         # exec shows msrun's environment, and must not be taken for what msrun's parent was.
         inherited = {key: value for key, value in os.environ.items() if key != "MS_ROLE"}
         with log.open("wb") as output:
             self._msrun = subprocess.Popen(
                 command,
-                env={**inherited, **environment},
+                env={**inherited, **environment, _LAUNCHER: _identity(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # Nothing can be tidied up by a launcher that is killed: then the kernel kills
+                # msrun, and with it the workers, which ask for the same.
+                preexec_fn=_end_with_parent,
             )
 
     def msrun_exit(self) -> int | None:
@@ -84,6 +92,34 @@ class RunProcesses:
                 if member.process.pid == int(named["pid"]):
                     return member, int(named["code"])
         return next(((member, code) for member, code in codes if code), None)
+
+    def stopped(self, seconds: float) -> str | None:
+        """Name of a process that has been stopped (SIGSTOP) for so long; None if none has."""
+        self._find_members()
+        processes = {member.process: member.name for member in self._members.values()}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes[psutil.Process(self._msrun.pid)] = "msrun"
+        now = time.monotonic()
+        self._stopped = {
+            process: self._stopped.get(process, now)
+            for process in processes
+            if _status(process) == psutil.STATUS_STOPPED
+        }
+        for process, since in self._stopped.items():
+            if now - since >= seconds:
+                return processes[process]
+        return None
+
+    def rank_ids(self) -> list[int]:
+        """The ranks on this machine that have been started."""
+        self._find_members()
+        return sorted(m.rank_id for m in self._members.values() if m.rank_id is not None)
+
+    def dump_stacks(self) -> None:
+        """Ask every worker to write down where it is; see trainer.worker."""
+        for member in self._workers():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.process.send_signal(signal.SIGUSR1)
 
     def workers_running(self) -> bool:
         """Is a worker still at work?"""
@@ -147,15 +183,67 @@ def _zombie_code(process: psutil.Process) -> int | None:
     return os.waitstatus_to_exitcode(int(fields[49]))  # field 52 of proc(5)
 
 
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+def end_leftovers() -> list[int]:
+    """Kill what launchers that are gone have left behind; the ids of what was killed.
+
+    That is what the kernel could not kill with them: processes that workers had started.
+    """
+    killed = []
+    for process in psutil.process_iter():
+        try:
+            identity = process.environ().get(_LAUNCHER)
+            if identity is None or not _left_behind(identity):
+                continue
+            process.kill()
+        except psutil.Error:  # another user's, or gone
+            continue
+        killed.append(process.pid)
+    return killed
+
+
+def _identity(pid: int) -> str:
+    """Tells a process from every other one, also from one that gets its id later, or has it in
+    another container. Raises OSError if there is none."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    # Field 22 of proc(5): the start in clock ticks, which setting the clock does not change.
+    return f"{pid}:{fields[19]}:{_namespace()}"
+
+
+def _namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")
+
+
+def _left_behind(identity: str) -> bool:
+    """Was this the launcher of a process that is in this namespace, and is it gone?"""
+    pid, _, rest = identity.partition(":")
+    if not pid.isdecimal() or not rest.endswith(f":{_namespace()}"):
         return False
+    try:
+        return _identity(int(pid)) != identity
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _runs(process: psutil.Process) -> bool:
+    return process.is_running() and _status(process) not in (None, psutil.STATUS_ZOMBIE)
+
+
+def _status(process: psutil.Process) -> str | None:
+    """None if it is gone."""
+    try:
+        return str(process.status())
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _end_with_parent() -> None:
+    """Between fork and exec: be killed by the kernel when the launcher is gone."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _become_subreaper() -> None:
     """Let orphaned descendants become children of this process, so that they can be found."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+    if _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")

@@ -233,6 +233,37 @@ class SamplesConfig(_Strict):
     """Classifier-free guidance."""
 
 
+class ClusterConfig(_Strict):
+    """How the processes of a run are watched and bound; it changes nothing of the result."""
+
+    grace_seconds: float = Field(30.0, ge=0)
+    """Time to save a checkpoint and end after Ctrl-C or SIGTERM; a second signal cuts it short."""
+
+    start_seconds: float = Field(1800.0, gt=0)
+    """A rank that shows no sign of life for so long while it starts, caches, compiles or validates
+    is taken to hang; the other nodes of a run must have come by then."""
+
+    step_seconds: float = Field(300.0, gt=0)
+    """The same for a training step."""
+
+    checkpoint_seconds: float = Field(600.0, gt=0)
+    """The same for saving."""
+
+    straggler_factor: float = Field(1.5, gt=1)
+    """A rank is reported as slow when its own work for a step takes so many times what the others'
+    does."""
+
+    bind_cores: bool = False
+    """Let msrun bind each worker to cores of its own (`--bind_core`)."""
+
+    bind_numa: bool = False
+    """Let msrun bind each worker to a NUMA node (`--bind_numa`); needs numactl."""
+
+    tls: bool = False
+    """Encrypt the channel on which workers find each other, and let nobody else in: certificates
+    are made for each run."""
+
+
 class RunConfig(_Strict):
     """One training run."""
 
@@ -315,6 +346,9 @@ class RunConfig(_Strict):
 
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the last checkpoints stay; the best by validation loss does in any case."""
+
+    cluster: ClusterConfig = ClusterConfig()
+    """How the processes are watched."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

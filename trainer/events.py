@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -11,22 +13,43 @@ from typing import Any
 
 from weights.files import atomic_path
 
+_BEAT_BYTES = 160
+"""Of one write, which a reader sees whole."""
+
 
 class Events:
-    """Appends events to `events.jsonl` in the attempt's folder, on rank 0 only."""
+    """What a rank tells of itself while it runs.
+
+    Rank 0 appends events to `events.jsonl` in the attempt's folder. Every rank keeps one line in
+    `beats/rank_<id>`, written anew at every sign of life, by which the launcher of its node tells a
+    rank that is at work from one that hangs.
+    """
 
     def __init__(self, attempt: Path, rank_id: int):
         self.path = attempt / "events.jsonl" if rank_id == 0 else None
+        (attempt / "beats").mkdir(exist_ok=True)
+        self._beats = os.open(attempt / "beats" / f"rank_{rank_id}", os.O_WRONLY | os.O_CREAT)
+        self._beat: dict[str, Any] = {"phase": "starting", "mark": 0, "own": None}
 
     def emit(self, event: str, **values: Any) -> None:
         """One line with the event's name, its values and the time in Unix seconds."""
+        self.beat()
         if self.path is not None:
             line = json.dumps({"event": event, **values, "time": time.time()})
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
+    def beat(self, **values: Any) -> None:
+        """A sign of life. `mark` counts the places in the loop, so that the rank that is behind can
+        be told; `own` is the seconds of its last step until it waited for the others."""
+        self._beat |= values
+        line = json.dumps({**self._beat, "time": time.monotonic()})
+        with contextlib.suppress(OSError):  # a full disk
+            os.pwrite(self._beats, line.ljust(_BEAT_BYTES).encode(), 0)
+
     def phase(self, name: str) -> None:
         """The run enters a phase ("loading base", "training", …)."""
+        self.beat(phase=name)
         self.emit("phase", phase=name)
 
     def cache(self, kind: str) -> Callable[[int, int], None]:

@@ -86,6 +86,11 @@ class Plan:
         return json.loads(json.dumps(asdict(self)))
 
 
+def read_plan(attempt: Path) -> Plan:
+    """The plan in the folder of an attempt."""
+    return Plan(**json.loads((attempt / "plan.json").read_text(encoding="utf-8")))
+
+
 def batch_split(global_batch: int, devices: int, most: int) -> tuple[int, int]:
     """(micro-batch, accumulation) such that devices × both = `global_batch`.
 

@@ -1,4 +1,8 @@
-"""One optimizer step as one compiled graph: forward, backward, all-reduce, clip, update."""
+"""One optimizer step as two compiled graphs: the gradient, then all-reduce, clip and update.
+
+The second graph is small. It is one of its own so that a rank can tell how long its own work took,
+which nobody can once it waits for the others, and so that accumulation is nothing special.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +67,7 @@ class Gradient(nn.Cell):
 
 
 class Accumulate(nn.Cell):
-    """Adds a micro-batch's vector to a buffer."""
+    """Adds a micro-batch's vector to a buffer, and gives the buffer."""
 
     def __init__(self, gradient: Gradient, buffer: Parameter, scaling: Parameter):
         super().__init__(auto_prefix=False)
@@ -78,36 +82,31 @@ class Accumulate(nn.Cell):
 class Update(nn.Cell):
     """The end of a step: one all-reduce, clipping, and the optimizer.
 
-    The gradient is that of the only micro-batch, or what `Accumulate` has gathered in `buffer`. The
-    one vector that the processes exchange holds the gradient, the loss, and how many of them were
-    asked to stop. Whether it overflowed is seen in its sum: infinity and NaN survive that.
+    `Accumulate` has gathered the gradient in `buffer`. The one vector that the processes exchange
+    holds the gradient, the loss, and how many of them were asked to stop. Whether it overflowed is
+    seen in its sum: infinity and NaN survive that.
     """
 
     def __init__(
         self,
-        gradient: Gradient,
         optimizer: Optimizer,
-        buffer: Parameter | None,
+        buffer: Parameter,
         scaling: Parameter,
         micro_batches: int,
         world_size: int,
     ):
         super().__init__(auto_prefix=False)
-        self.gradient = gradient if buffer is None else None
         self.optimizer = optimizer
         self.buffer = buffer
         self.scaling = scaling
         self.micro_batches = micro_batches * world_size
         self.all_reduce = ops.AllReduce() if world_size > 1 else None
 
-    def construct(self, scalars: Tensor, *batch: Tensor) -> Tensor:
+    def construct(self, scalars: Tensor) -> Tensor:
         """`scalars`: learning rate, EMA decay, growth of the loss scale, stop; see Outcome."""
         scale = self.scaling[0]
-        if self.gradient is not None:
-            vector = ops.concat((self.gradient(scale, *batch), scalars[3:]))
-        else:
-            vector = ops.concat((self.buffer, scalars[3:]))
-            ops.assign(self.buffer, ops.zeros_like(self.buffer))
+        vector = ops.concat((self.buffer, scalars[3:]))
+        ops.assign(self.buffer, ops.zeros_like(self.buffer))
         if self.all_reduce is not None:
             vector = self.all_reduce(vector)
         mean = vector[:-1] / (self.micro_batches * scale)
@@ -156,17 +155,13 @@ class TrainStep:
         self.scaling = Parameter(
             Tensor([first, 0.0], ms.float32), name="scaling", requires_grad=False
         )
+        zeros = np.zeros(optimizer.size + 1, np.float32)
+        buffer = Parameter(Tensor(zeros), name="accumulated", requires_grad=False)
         gradient = Gradient(loss, optimizer.trained)
-        buffer = None
-        if accumulation > 1:
-            zeros = np.zeros(optimizer.size + 1, np.float32)
-            buffer = Parameter(Tensor(zeros), name="accumulated", requires_grad=False)
-        self.accumulate = None
-        if accumulation > 1:
-            self.accumulate = Accumulate(gradient, buffer, self.scaling)
-            self.accumulate.set_train()
-        self.update = Update(gradient, optimizer, buffer, self.scaling, accumulation, world_size)
-        self.update.set_train()
+        self._accumulate = Accumulate(gradient, buffer, self.scaling)
+        self._accumulate.set_train()
+        self._update = Update(optimizer, buffer, self.scaling, accumulation, world_size)
+        self._update.set_train()
 
     def __call__(
         self,
@@ -175,14 +170,20 @@ class TrainStep:
         ema_decay: float = 0.0,
         stop: bool = False,
     ) -> Tensor:
-        """Starts a step; `outcome` waits for it."""
-        scalars = Tensor((learning_rate, ema_decay, float(self.scaled), float(stop)), ms.float32)
-        if self.accumulate is None:
-            (batch,) = batches
-            return self.update(scalars, *self._inputs(batch))
+        """Starts a whole step; `outcome` waits for it."""
+        self.accumulate(batches)
+        return self.update(learning_rate, ema_decay, stop)
+
+    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
+        """Starts this rank's own part of a step: the gradient of each micro-batch."""
         for batch in batches:
-            self.accumulate(*self._inputs(batch))
-        return self.update(scalars)
+            gathered = self._accumulate(*self._inputs(batch))
+        return gathered
+
+    def update(self, learning_rate: float, ema_decay: float = 0.0, stop: bool = False) -> Tensor:
+        """Starts the part that the processes do together; `outcome` waits for it."""
+        scalars = (learning_rate, ema_decay, float(self.scaled), float(stop))
+        return self._update(Tensor(scalars, ms.float32))
 
     def vectors(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on, by name, float32."""

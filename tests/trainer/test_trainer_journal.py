@@ -13,7 +13,7 @@ import pytest
 
 from trainer.events import Events
 from trainer.journal import MOST_SKIPPED, DivergedError, Journal
-from trainer.worker import _check_agreement
+from trainer.loop import _check_agreement
 
 
 @pytest.fixture
