@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -81,7 +82,8 @@ def write(submission: Submission) -> None:
             part.write_text(text, encoding="utf-8")
             part.replace(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
             raise LaunchError(
                 f"{path}: cannot write: {error.strerror}; name another folder with --out"
             ) from error

@@ -11,9 +11,7 @@ import click
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option(
-    "--to", type=click.Choice(["kubernetes", "slurm"]), required=True, help="What runs the job."
-)
+@click.option("--to", type=click.Choice(["kubernetes", "slurm"]), help="What runs the job.")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines.")
 @click.option(
     "--devices-per-node",
@@ -97,6 +95,8 @@ def submit(apply_it: bool, as_json: bool, **options: Any) -> None:
     from launcher.submit import SubmitRequest, plan_submission, send, write
     from trainer.config import ConfigError
 
+    if options["to"] is None:  # click would list the choices on lines of their own
+        raise click.UsageError("--to: expected kubernetes or slurm, found nothing; name one.")
     try:
         request = SubmitRequest(**options)
         submission = plan_submission(request, datetime.now(timezone.utc))
