@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from launcher.doctor_command import doctor
 from launcher.submit_command import submit
 from registry.cli import OneSentenceGroup
 
@@ -31,6 +32,7 @@ def main() -> None:
     """Fine-tune on this machine's devices and publish the LoRA."""
 
 
+main.add_command(doctor)
 main.add_command(submit)
 
 
