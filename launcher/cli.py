@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from launcher.doctor_command import doctor
+from launcher.submit_command import submit
 from registry.cli import OneSentenceGroup
 
 
@@ -28,6 +30,10 @@ class Launch(OneSentenceGroup):
 @click.group(cls=Launch)
 def main() -> None:
     """Fine-tune on this machine's devices and publish the LoRA."""
+
+
+main.add_command(doctor)
+main.add_command(submit)
 
 
 @main.command(hidden=True)
