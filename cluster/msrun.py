@@ -12,7 +12,7 @@ from cluster.devices import Machine
 
 @dataclass(frozen=True)
 class Msrun:
-    """One call of msrun on one machine."""
+    """One call of msrun on one of a run's machines, which all have the same number of workers."""
 
     worker_num: int
     """Workers on all machines together."""
@@ -23,6 +23,9 @@ class Msrun:
     cluster_time_out: int = 300
     """Seconds until a worker that has not reached the others gives up."""
     rank_table_file: Path | None = None
+    node_rank: int = 0
+    bind_cores: bool = False
+    bind_numa: bool = False
 
 
 def command(job: Msrun, interpreter: Path, module: str, arguments: Sequence[str]) -> list[str]:
@@ -38,6 +41,12 @@ def command(job: Msrun, interpreter: Path, module: str, arguments: Sequence[str]
         # A rank that does not exist: else msrun keeps one `tail -f` per worker running.
         "tail_worker_log": job.worker_num,
     }
+    if job.local_worker_num < job.worker_num:
+        options["node_rank"] = job.node_rank
+    if job.bind_cores:
+        options["bind_core"] = True
+    if job.bind_numa:
+        options["bind_numa"] = True
     if job.rank_table_file is not None:
         options["rank_table_file"] = job.rank_table_file
     return [
@@ -51,9 +60,17 @@ def command(job: Msrun, interpreter: Path, module: str, arguments: Sequence[str]
 
 
 def environment(
-    job: Msrun, machine: Machine, device_ids: Sequence[int], interpreter: Path, path: str
+    job: Msrun,
+    machine: Machine,
+    device_ids: Sequence[int],
+    interpreter: Path,
+    path: str,
+    patience: float,
 ) -> dict[str, str]:
-    """What is added to the environment of msrun and its workers; `path` is the present PATH."""
+    """What is added to the environment of msrun and its workers.
+
+    `path` is the present PATH; `patience` the seconds that a rank waits for the others.
+    """
     additions = {
         "PATH": os.pathsep.join(part for part in (str(interpreter.parent), path) if part),
         "PYTHONUNBUFFERED": "1",
@@ -67,5 +84,5 @@ def environment(
     else:
         # Compiling and saving may keep one rank from a collective for longer than the 30 s
         # after which the others would give up.
-        additions["MS_CPU_COMM_OP_TIMEOUT"] = "300"
+        additions["MS_CPU_COMM_OP_TIMEOUT"] = str(round(patience))
     return additions

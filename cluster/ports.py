@@ -40,13 +40,33 @@ def choose_port(address: str) -> int:
     )
 
 
+def next_port(port: int, address: str) -> int:
+    """The first port above `port` that nobody listens on. Raises ClusterError if none is near."""
+    for candidate in range(port + 1, min(port + 100, 65536)):
+        if not _problem(candidate, address):
+            return candidate
+    raise ClusterError(
+        f"--master-port {port}: expected a free port among the 99 above it on {address}, found "
+        "none that can be listened on; is the address this machine's?"
+    )
+
+
+def is_taken(port: int, address: str) -> bool:
+    """Does another process listen on this port?"""
+    return _problem(port, address) == errno.EADDRINUSE
+
+
 def _problem(port: int, address: str) -> int | None:
     """The errno of listening on the port; None if it works."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+    try:
+        family, _, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        return errno.EADDRNOTAVAIL
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
         # Connections that an earlier run has closed do not make a port taken.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((address, port))
+            listener.bind(target)
             listener.listen(1)
         except OSError as error:
             return error.errno

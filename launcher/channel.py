@@ -14,7 +14,6 @@ import queue
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,7 @@ _MOST_BYTES = 1 << 20
 
 
 class Line:
-    """One connection. What comes is put into `inbox` with the other node's rank; None at its end."""
+    """A connection. What comes is put into `inbox` with the other node's rank, None at its end."""
 
     def __init__(
         self,
@@ -177,17 +176,14 @@ def join(
         wait()
 
 
-def drain(
+def take(
     inbox: queue.Queue[tuple[int, Message | None]], seconds: float
-) -> list[tuple[int, Message | None]]:
-    """What comes within `seconds`; returns as soon as there is anything."""
-    found = []
-    deadline = time.monotonic() + seconds
-    with contextlib.suppress(queue.Empty):
-        found.append(inbox.get(timeout=max(0.0, deadline - time.monotonic())))
-        while True:
-            found.append(inbox.get_nowait())
-    return found
+) -> tuple[int, Message | None] | None:
+    """What comes next; None if nothing does within `seconds`."""
+    try:
+        return inbox.get(timeout=seconds) if seconds else inbox.get_nowait()
+    except queue.Empty:
+        return None
 
 
 def _proof(key: bytes, nonce: str, hello: Message) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,30 @@ main.add_command(submit)
     "--master-port",
     type=click.IntRange(1, 65535),
     metavar="PORT",
-    help="Port of msrun's scheduler. Default: one that is free.",
+    help="Port of msrun's scheduler, default: one that is free; with --nnodes the port where the "
+    "nodes meet, default: 28118, and msrun takes one above it.",
+)
+@click.option(
+    "--nnodes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of machines, each with as many devices. Default: what Slurm or Kubernetes say.",
+)
+@click.option(
+    "--node-rank",
+    type=click.IntRange(min=0),
+    metavar="K",
+    help="Which of them this is; node 0 publishes.",
+)
+@click.option("--master-addr", metavar="HOST", help="Name or address of node 0.")
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="How often a run that failed goes on by itself from its last checkpoint; ten minutes of "
+    "training give all of them back.",
 )
 @click.option(
     "--resume",
@@ -84,6 +108,10 @@ def run(
     overrides: Sequence[str],
     device_target: str,
     master_port: int | None,
+    nnodes: int | None,
+    node_rank: int | None,
+    master_addr: str | None,
+    max_restarts: int,
     resume: Path | None,
     accept_changes: bool,
     dry_run: bool,
@@ -92,23 +120,28 @@ def run(
 ) -> int:
     """Fine-tune as CONFIG says, one process per device, and publish the LoRA.
 
-    Prints NAME@VERSION, or the file if CONFIG names no registry. Exit code: 0 published, 1 a
-    worker failed, 2 bad input, 75 stopped and saved, 130 and 143 interrupted by Ctrl-C or SIGTERM,
-    which save too; --resume goes on.
+    Prints NAME@VERSION, or the file if CONFIG names no registry. Exit code: 0 published, 2 bad
+    input, 75 stopped and saved, 130 and 143 interrupted by Ctrl-C or SIGTERM, which save too;
+    otherwise that of the rank that failed first, 128 + N if signal N killed it. --resume goes on.
 
     \b
     Example:
       lora-launch --devices 2 configs/runs/emoji-ink.yaml
       lora-launch --devices 0-3 --set lora.rank=16 --dry-run my.yaml
+      lora-launch --devices 8 --max-restarts 3 my.yaml
+      lora-launch --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 my.yaml
       lora-launch --devices 2 --resume runs/emoji-ink-20260101-120000
     """
     # Only here, so that --help does not wait for them.
+    from cluster.mounted_table import read_when_complete
+    from cluster.nodes import this_node
     from launcher.errors import Interrupted, RunFailed, Stopped
     from launcher.job import Request
     from launcher.run import launch
 
     target = None if device_target == "auto" else device_target
     try:
+        mounted = read_when_complete()
         launch(
             Request(
                 config,
@@ -117,6 +150,8 @@ def run(
                 target,
                 master_port,
                 resume,
+                this_node(os.environ, nnodes, node_rank, master_addr, mounted),
+                max_restarts,
                 accept_changes,
                 dry_run,
             ),
@@ -124,10 +159,10 @@ def run(
         )
     except (Interrupted, Stopped) as ended:
         return _report(ended, ended.exit_code)
-    except RunFailed as failure:
-        if debug and failure.traceback:
-            click.echo(failure.traceback, err=True)
-        return _report(failure, 2 if failure.user else 1)
+    except RunFailed as failed:
+        if failed.failure.traceback and (debug or not failed.failure.user):
+            click.echo(failed.failure.traceback, err=True)
+        return _report(failed, failed.failure.exit_code)
     except _input_errors() as error:
         if debug:
             traceback.print_exc()

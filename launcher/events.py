@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,20 @@ def new_events(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         return [], offset
     complete = data[: data.rfind(b"\n") + 1]
     return [json.loads(line) for line in complete.splitlines()], offset + len(complete)
+
+
+def record(attempt: Path, event: str, **values: Any) -> None:
+    """Add what the launcher has seen to the events of an attempt."""
+    line = json.dumps({"event": event, **values, "time": time.time()})
+    with contextlib.suppress(OSError), (attempt / "events.jsonl").open("a") as file:
+        file.write(line + "\n")
+
+
+def trained_seconds(attempt: Path) -> float:
+    """Seconds from the first step of an attempt to its last."""
+    events, _ = new_events(attempt / "events.jsonl", 0)
+    times = [event["time"] for event in events if event["event"] == "step"]
+    return times[-1] - times[0] if times else 0.0
 
 
 def first_error(folder: Path) -> RankError | None:

@@ -8,22 +8,25 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 from cluster import msrun, ports, ranktable
 from cluster.devices import Machine, host_address, parse_devices, this_machine
 from cluster.msrun import Msrun
+from cluster.nodes import Nodes
 from launcher.errors import LaunchError
 from registry.api import open_registry
 from trainer import checkpoint
-from trainer.config import RunConfig
+from trainer.config import ClusterConfig, RunConfig
 from trainer.config_file import dump_config, load_config
 from trainer.dataset import Scan, dump_scan
-from trainer.plan import Plan, make_plan
+from trainer.plan import Plan, make_plan, read_plan
 
 WORKER = "trainer.worker"
+MEETING_PORT = 28118
+"""Where the launchers of several nodes meet, unless --master-port says otherwise."""
 _HCCN_CONF = Path("/etc/hccn.conf")
 
 
@@ -39,30 +42,78 @@ class Request:
     master_port: int | None = None
     resume: Path | None = None
     """The folder of the run to go on with."""
+    nodes: Nodes = field(default_factory=Nodes)
+    """Which machine of how many this is."""
+    max_restarts: int = 0
     accept_changes: bool = False
     dry_run: bool = False
     """Nothing will be started: weights and images need not be at hand."""
 
 
 @dataclass(frozen=True)
+class Start:
+    """What one machine starts for an attempt of a run, and how it watches it."""
+
+    folder: Path
+    """The run's, as the user would write it."""
+    attempt: Path
+    """Absolute; where the workers read and write."""
+    device_ids: tuple[int, ...]
+    msrun: Msrun
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    """Added to the launcher's own."""
+    cluster: ClusterConfig
+
+    @property
+    def node_rank(self) -> int:
+        """0 is the machine of rank 0 and of msrun's scheduler."""
+        return self.msrun.node_rank
+
+    @property
+    def rank_ids(self) -> range:
+        """The ranks on this machine."""
+        first = self.node_rank * self.msrun.local_worker_num
+        return range(first, first + self.msrun.local_worker_num)
+
+    @property
+    def devices_option(self) -> str:
+        """What --devices takes these devices as."""
+        first, last = self.device_ids[0], self.device_ids[-1]
+        if self.device_ids == tuple(range(len(self.device_ids))):
+            return str(len(self.device_ids))
+        if last - first + 1 == len(self.device_ids):
+            return f"{first}-{last}"
+        return ",".join(map(str, self.device_ids))
+
+    @property
+    def log(self) -> Path:
+        """What msrun says on this machine."""
+        name = f"msrun_{self.node_rank}.log" if self.node_rank else "msrun.log"
+        return self.attempt / "logs" / name
+
+
+@dataclass(frozen=True)
 class Job:
-    """One run, ready to start."""
+    """One attempt of a run, ready to start on its first machine."""
 
     config: RunConfig
     plan: Plan
     data: Scan
     machine: Machine
-    device_ids: tuple[int, ...]
-    folder: Path
-    """The run's folder, as the user would write it."""
-    attempt: Path
-    """Absolute; where the workers read and write."""
-    msrun: Msrun
-    command: tuple[str, ...]
-    environment: dict[str, str]
-    """Added to the launcher's own."""
+    start: Start
     rank_table: str | None
     """Text of the table that msrun is given, if it is given one."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, as the user would write it."""
+        return self.start.folder
+
+    @property
+    def attempt(self) -> Path:
+        """Where the workers read and write."""
+        return self.start.attempt
 
 
 def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
@@ -70,65 +121,101 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
 
     Raises one of the rooms' own errors, each with one sentence for the user.
     """
-    config = load_config(_config_path(request), request.overrides)
+    config = load_config(config_path(request), request.overrides)
     machine = this_machine(request.device_target)
-    device_ids = parse_devices(request.devices or _devices_before(request), machine)
-    plan, data = make_plan(config, len(device_ids), machine.device_target, request.dry_run)
+    device_ids = devices_of(request, machine)
+    devices = len(device_ids) * request.nodes.nnodes
+    plan, data = make_plan(config, devices, machine.device_target, request.dry_run)
     if request.resume is not None:
         plan = _resumed(plan, config, request.resume, request.accept_changes)
     plan = replace(plan, lora_start=_lora_start(config))
     _check_output(config)
     _check_registry(config)
 
-    address = Msrun.master_addr
-    if request.master_port is None:
-        port = ports.choose_port(address)
-    else:
-        ports.check_port(request.master_port, address)
-        port = request.master_port
-
     if request.resume is None:
         folder = _new_folder(Path(config.output), f"{config.name}-{now:%Y%m%d-%H%M%S}")
     else:
         folder = request.resume
-    attempt = folder.absolute() / f"attempt_{len(_attempts(folder)) + 1}"
+    attempt = folder.absolute() / f"attempt_{len(attempts(folder)) + 1}"
     table = _rank_table(machine, device_ids)
-    run = Msrun(
-        worker_num=len(device_ids),
-        local_worker_num=len(device_ids),
-        master_port=port,
-        log_dir=attempt / "logs",
-        rank_table_file=attempt / "rank_table.json" if table else None,
+    address = request.nodes.master_addr or Msrun.master_addr
+    start = make_start(
+        config,
+        machine,
+        device_ids,
+        folder,
+        Msrun(
+            worker_num=devices,
+            local_worker_num=len(device_ids),
+            master_addr=address,
+            master_port=_port(request, address),
+            log_dir=attempt / "logs",
+            rank_table_file=attempt / "rank_table.json" if table else None,
+            node_rank=request.nodes.node_rank,
+            bind_cores=config.cluster.bind_cores,
+            bind_numa=config.cluster.bind_numa,
+        ),
+        worker,
     )
+    return Job(config, plan, data, machine, start, table)
+
+
+def make_start(
+    config: RunConfig,
+    machine: Machine,
+    device_ids: tuple[int, ...],
+    folder: Path,
+    run: Msrun,
+    worker: str,
+) -> Start:
+    """What this machine starts: the module `worker` on each of its devices."""
+    attempt = run.log_dir.parent
     interpreter = Path(sys.executable)
-    return Job(
-        config=config,
-        plan=plan,
-        data=data,
-        machine=machine,
-        device_ids=device_ids,
+    limits = config.cluster
+    # A rank that waits for one that hangs must not give up before the launcher has said which.
+    patience = max(limits.start_seconds, limits.step_seconds, limits.checkpoint_seconds) + 60
+    return Start(
         folder=folder,
         attempt=attempt,
+        device_ids=device_ids,
         msrun=run,
         command=tuple(msrun.command(run, interpreter, worker, [str(attempt)])),
         environment=msrun.environment(
-            run, machine, device_ids, interpreter, os.environ.get("PATH", "")
+            run, machine, device_ids, interpreter, os.environ.get("PATH", ""), patience
         ),
-        rank_table=table,
+        cluster=limits,
     )
 
 
+def _port(request: Request, address: str) -> int:
+    """The scheduler's port. With several nodes the one that is named is where they meet."""
+    if request.nodes.nnodes > 1:
+        meeting = meeting_port(request)
+        # A dry run need not be on a machine of the run.
+        return meeting + 1 if request.dry_run else ports.next_port(meeting, address)
+    if request.master_port is None:
+        return ports.choose_port(address)
+    ports.check_port(request.master_port, address)
+    return request.master_port
+
+
+def meeting_port(request: Request) -> int:
+    """Where the launchers of several nodes meet."""
+    return request.master_port or request.nodes.master_port or MEETING_PORT
+
+
 def write(job: Job) -> None:
-    """Make the run's folder with all that its workers read, or leave nothing.
+    """Make the attempt's folder with all that its workers read, or leave nothing.
 
     Raises LaunchError if the folder cannot be written.
     """
+    start = job.start
     files = {
         "config.yaml": dump_config(job.config),
         "plan.json": json.dumps(job.plan.as_dict(), indent=2) + "\n",
         "data.json": dump_scan(job.data),
-        "command.txt": shlex.join(job.command) + "\n",
-        "environment.txt": "".join(f"{k}={v}\n" for k, v in job.environment.items()),
+        "command.txt": shlex.join(start.command) + "\n",
+        "environment.txt": "".join(f"{k}={v}\n" for k, v in start.environment.items()),
     }
     if job.rank_table is not None:
         files["rank_table.json"] = job.rank_table
@@ -137,12 +224,15 @@ def write(job: Job) -> None:
         if not job.folder.exists():
             job.folder.mkdir(parents=True)
             made = job.folder
-        job.attempt.mkdir()
-        made = made or job.attempt
+        part = job.attempt.with_name(f".{job.attempt.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        made = made or part
         for name in ("logs", "errors", "beats", "stacks"):
-            (job.attempt / name).mkdir()
+            (part / name).mkdir()
         for name, text in files.items():
-            (job.attempt / name).write_text(text, encoding="utf-8")
+            (part / name).write_text(text, encoding="utf-8")
+        part.rename(job.attempt)
     except OSError as error:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
@@ -152,49 +242,55 @@ def write(job: Job) -> None:
         ) from error
 
 
-def _attempts(folder: Path) -> list[Path]:
+def attempts(folder: Path) -> list[Path]:
     """The attempts of a run, the first one first."""
     found = [path for path in folder.glob("attempt_*") if path.name[8:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[8:]))
 
 
+def devices_of(request: Request, machine: Machine) -> tuple[int, ...]:
+    """The devices of this machine that are asked for, else as many as the job's engine gives, or
+    as the run had that is resumed. Raises ClusterError."""
+    told = request.nodes.workers_per_node
+    text = request.devices or (str(told) if told else None) or _devices_before(request)
+    return parse_devices(text, machine)
+
+
 def _devices_before(request: Request) -> str | None:
     """How many devices the run had that is resumed: on as many it ends with the same bits."""
-    attempts = _attempts(request.resume) if request.resume is not None else []
-    plan = attempts[-1] / "plan.json" if attempts else None
-    if plan is None or not plan.is_file():
+    before = attempts(request.resume) if request.resume is not None else []
+    if not before:
         return None
-    return str(json.loads(plan.read_text(encoding="utf-8"))["devices"])
+    devices = read_plan(before[-1]).devices
+    # On other numbers of nodes it is for the plan to say whether that can be.
+    return str(max(1, devices // request.nodes.nnodes))
 
 
-def _config_path(request: Request) -> Path:
+def config_path(request: Request) -> Path:
     """The config that was named, or that of the run to go on with."""
     if request.config is not None:
         return request.config
     if request.resume is None:
         raise LaunchError("no config is named; give one, or --resume and the folder of a run")
-    attempts = _attempts(request.resume)
-    if not attempts:
+    before = attempts(request.resume)
+    if not before:
         raise LaunchError(
             f"{request.resume}: expected the folder of a run, found no attempt in it; name one "
             "of the folders that lora-launch makes"
         )
-    return attempts[-1] / "config.yaml"
+    return before[-1] / "config.yaml"
 
 
 def _resumed(plan: Plan, config: RunConfig, folder: Path, accept_changes: bool) -> Plan:
-    """The plan of what is left of a run.
+    """The plan of what is left of a run: all of it, if there is no checkpoint yet.
 
-    Raises LaunchError if nothing is, there is no checkpoint, or the run would become another one.
+    Raises LaunchError if nothing is, or the run would become another one.
     """
-    if any((attempt / "result.json").is_file() for attempt in _attempts(folder)):
+    if any((attempt / "result.json").is_file() for attempt in attempts(folder)):
         raise LaunchError(f"{folder}: this run has ended; start a new one")
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
-        raise LaunchError(
-            f"{folder}: expected a checkpoint in checkpoints/, found none that is complete; start "
-            "the run anew, with a smaller save_every if need be"
-        )
+        return plan
     path, state = found
     changes = checkpoint.changes(state, config, plan.base_digest, plan.data_digest)
     if changes and not accept_changes:

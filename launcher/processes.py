@@ -39,6 +39,18 @@ class Member:
         return "the scheduler" if self.rank_id is None else f"rank {self.rank_id}"
 
 
+@dataclass(frozen=True)
+class Exit:
+    """How the scheduler or a worker has ended."""
+
+    pid: int
+    rank_id: int | None
+    """None for the scheduler, and for a worker that was gone before it was seen."""
+    code: int
+    """Negative for a signal."""
+    scheduler: bool = False
+
+
 class RunProcesses:
     """msrun and its descendants, started on construction.
 
@@ -77,21 +89,22 @@ class RunProcesses:
         """msrun's exit code, negative for a signal; None while it runs."""
         return self._msrun.poll()
 
-    def bad_exit(self) -> tuple[Member, int] | None:
+    def bad_exit(self) -> Exit | None:
         """The worker, else the scheduler, that ended first with a code other than 0."""
         self._find_members()
         ended = [member for member in self._members.values() if not _runs(member.process)]
-        if not ended:
-            return None
         ended.sort(key=lambda member: (member.rank_id is None, member.rank_id))
         codes = [(member, _zombie_code(member.process)) for member in ended]
         # Read after the codes: msrun ends the other workers only after it has named the first.
         output = self._log.read_text(encoding="utf-8", errors="replace")
         if named := _NAMED_BY_MSRUN.search(output):
-            for member in ended:
-                if member.process.pid == int(named["pid"]):
-                    return member, int(named["code"])
-        return next(((member, code) for member, code in codes if code), None)
+            pid, code = int(named["pid"]), int(named["code"])
+            known = [member for member in ended if member.process.pid == pid]
+            return Exit(pid, known[0].rank_id if known else None, code)
+        for member, found in codes:
+            if found:
+                return Exit(member.process.pid, member.rank_id, found, member.rank_id is None)
+        return None
 
     def stopped(self, seconds: float) -> str | None:
         """Name of a process that has been stopped (SIGSTOP) for so long; None if none has."""

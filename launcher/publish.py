@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RunFailed
+from launcher.errors import Failure, RunFailed
 from launcher.job import Job
 from registry.api import open_registry
 
@@ -53,8 +53,10 @@ def read_result(attempt: Path) -> Result:
             f"rank {rank_id} {digest[:12]}…" for rank_id, digest in enumerate(result.rank_digests)
         )
         raise RunFailed(
-            f"the ranks ended with different weights ({digests}), so nothing is published; "
-            f"the LoRA of rank 0 is {attempt / result.artifact}"
+            Failure(
+                f"the ranks ended with different weights ({digests}), so nothing is published; the "
+                f"LoRA of rank 0 is {attempt / result.artifact}"
+            )
         )
     return result
 

@@ -1,133 +1,221 @@
-"""Run a job's processes to their end: watch, report, and leave nothing behind."""
+"""Run an attempt's processes on this machine to their end: watch, report, leave nothing behind."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-from launcher.errors import Interrupted, RunFailed, Stopped
-from launcher.events import RankError, first_error, new_events
-from launcher.job import Job
+from cluster import ports
+from launcher import failures
+from launcher.errors import Failure, Interrupted, RunFailed, Stopped
+from launcher.events import first_error, new_events, record
+from launcher.job import Start
+from launcher.others import Ended, Others
 from launcher.processes import RunProcesses
 from launcher.progress import Progress
+from launcher.watchdog import Sign, Stragglers, hang, rank_of_process, read_signs
 
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 30.0
-"""For the step under way and its checkpoint; a second signal cuts it short."""
+_LOOK_SECONDS = 1.0
+"""So often signs of life are looked at, and told to node 0."""
+_STOPPED_SECONDS = 3.0
+"""The framework would end a run with a stopped process after 30 s; who stops one by hand to look
+at it uses a debugger, which is another state."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def supervise(job: Job, progress: Progress) -> None:
-    """Start the job and return when msrun has ended well and the result is there.
+def supervise(start: Start, progress: Progress, signals: Sequence[int], others: Others) -> None:
+    """Run the attempt and return when it has ended well and, on node 0, its result is there.
 
-    Raises RunFailed with the rank that failed first, Interrupted after a signal, or Stopped if a
-    worker was asked to end by somebody else. In every case no process of the run is left.
+    `signals` grows with each signal that this process receives. Raises RunFailed with the rank
+    that failed first, Interrupted after a signal, Stopped if a worker was asked to end by somebody
+    else, and Ended if node 0 wants it to. In every case no process of the attempt is left here.
     """
-    logs = job.attempt / "logs"
-    with _received_signals() as signals:
-        processes = RunProcesses(job.command, job.environment, logs / "msrun.log")
-        try:
-            _watch(job, processes, progress, signals)
-        finally:
-            remaining = processes.kill_all()
-            if remaining:
-                progress.note(f"processes that the kernel did not end: {remaining}")
+    processes = RunProcesses(start.command, start.environment, start.log)
+    try:
+        _Attempt(start, processes, progress, signals, others).watch()
+    except RunFailed as failed:
+        if start.node_rank == 0:
+            others.tell({"abort": True})
+        else:
+            others.tell({"failure": failed.failure.as_dict()})
+        failure = others.first_cause(failed.failure)
+        if failure is failed.failure and _port_was_taken(start, processes):
+            failure = failures.of_port(start.msrun.master_port)
+        raise RunFailed(failure) from None
+    finally:
+        remaining = processes.kill_all()
+        if remaining:
+            progress.note(f"processes that the kernel did not end: {remaining}")
 
 
-def _watch(job: Job, processes: RunProcesses, progress: Progress, signals: list[int]) -> None:
-    events, offset = job.attempt / "events.jsonl", 0
-    while True:
-        # Asked first, so that everything written before the end is seen below.
-        msrun_exit = processes.msrun_exit()
-        found, offset = new_events(events, offset)
-        for event in found:
-            progress.show(event)
-        if signals:
-            _stop(processes, progress, signals)
-            if (job.attempt / "result.json").is_file():
-                return  # the signal came after the last step: what is done is published
-            raise Interrupted(signals[0], saved_text(job))
-        if failure := _failure(job.attempt, processes, msrun_exit):
-            raise failure
-        if msrun_exit == 0:
-            if saved := saved_text(job):
-                raise Stopped(f"a worker was asked to end; {saved}")
+class _Attempt:
+    """What is known of an attempt while it runs."""
+
+    def __init__(
+        self,
+        start: Start,
+        processes: RunProcesses,
+        progress: Progress,
+        signals: Sequence[int],
+        others: Others,
+    ):
+        self.start = start
+        self.processes = processes
+        self.progress = progress
+        self.signals = signals
+        self.others = others
+        self.stop_heard: int | None = None
+        """The signal that another node received."""
+        self._began = self._looked = time.monotonic()
+        self._offset = 0
+        self._elsewhere: dict[int, tuple[Sign, float]] = {}
+        self._stragglers = Stragglers(start.cluster.straggler_factor)
+
+    def watch(self) -> None:
+        """Until the attempt has ended; raises what `supervise` does."""
+        while True:
+            # Asked first, so that everything written before the end is seen below.
+            msrun_exit = self.processes.msrun_exit()
+            self._show()
+            self._hear(0.0)
+            if self.signals or self.stop_heard:
+                self._stop()
+            if failure := self._failure(msrun_exit):
+                raise RunFailed(failure)
+            if msrun_exit == 0:
+                if saved := saved_text(self.start):
+                    raise Stopped(f"a worker was asked to end; {saved}")
+                return
+            if time.monotonic() - self._looked >= _LOOK_SECONDS:
+                self._look()
+            self._hear(_POLL_SECONDS)
+
+    def _show(self) -> None:
+        """Show what rank 0 has written, if it is on this machine."""
+        if self.start.node_rank == 0:
+            path = self.start.attempt / "events.jsonl"
+            found, self._offset = new_events(path, self._offset)
+            for event in found:
+                self.progress.show(event)
+
+    def _hear(self, seconds: float) -> None:
+        """Take what the other nodes say, the first of it within `seconds`."""
+        while said := self.others.message(seconds):
+            seconds = 0.0
+            node_rank, message = said
+            if message is None:
+                raise RunFailed(failures.of_node(node_rank, self.others.host(node_rank)))
+            if "failure" in message:
+                raise RunFailed(Failure(**message["failure"]))
+            if "end" in message or "abort" in message:
+                raise Ended
+            if "stop" in message:
+                self.stop_heard = message["stop"]
+            if "dump" in message:
+                self.processes.dump_stacks()
+            for rank_id, values in message.get("signs", {}).items():
+                self._elsewhere[int(rank_id)] = Sign(**values), time.monotonic()
+
+    def _look(self) -> None:
+        """See to it that every rank makes progress; raises RunFailed if one does not."""
+        now = self._looked = time.monotonic()
+        if name := self.processes.stopped(_STOPPED_SECONDS):
+            raise RunFailed(failures.of_stopped(name, _STOPPED_SECONDS))
+        beats = self.start.attempt / "beats"
+        signs = read_signs(beats, self.start.rank_ids, self._began, now)
+        if self.start.node_rank:
+            own = {str(rank_id): asdict(sign) for rank_id, sign in signs.items()}
+            self.others.tell({"signs": own})
             return
-        time.sleep(_POLL_SECONDS)
+        for rank_id, (sign, heard) in self._elsewhere.items():
+            signs[rank_id] = Sign(sign.phase, sign.mark, sign.age + now - heard, sign.own)
+        for text in self._stragglers.found(signs):
+            record(self.start.attempt, "straggler", text=text)
+            self.progress.note(f"warning: {text}")
+        if found := hang(signs, self.start.cluster):
+            self.others.tell({"dump": True})
+            self.processes.dump_stacks()
+            self._hear(_LOOK_SECONDS)  # for the stacks to be written
+            raise RunFailed(failures.of_hang(found, self.start.attempt))
+
+    def _failure(self, msrun_exit: int | None) -> Failure | None:
+        """What has gone wrong here; the first cause, as far as it can be told."""
+        logs = self.start.attempt / "logs"
+        if msrun_exit is not None and msrun_exit < 0:
+            # Its workers were killed with it.
+            return failures.of_exit("msrun", msrun_exit, self.start.log)
+        bad_exit = self.processes.bad_exit()
+        # After that: a rank writes its error file before it ends.
+        if error := first_error(self.start.attempt / "errors"):
+            return failures.of_rank(error, logs / f"worker_{error.rank_id}.log")
+        if bad_exit and bad_exit.scheduler:
+            return failures.of_exit("the scheduler", bad_exit.code, logs / "scheduler.log")
+        if bad_exit:
+            rank_id = bad_exit.rank_id
+            if rank_id is None:
+                beats = self.start.attempt / "beats"
+                rank_id = rank_of_process(beats, self.start.rank_ids, bad_exit.pid)
+            if rank_id is None:
+                name = f"the worker with process id {bad_exit.pid}"
+                return failures.of_exit(name, bad_exit.code, self.start.log)
+            log = logs / f"worker_{rank_id}.log"
+            return failures.of_exit(f"rank {rank_id}", bad_exit.code, log)
+        if msrun_exit:
+            return failures.of_exit("msrun", msrun_exit, self.start.log)
+        if msrun_exit == 0 and self.start.node_rank == 0 and not _has_ended(self.start.attempt):
+            return Failure(f"training ended without a result; see {logs}")
+        return None
+
+    def _stop(self) -> None:
+        """Let the workers save and end by themselves; a second signal cuts it short.
+
+        Returns if the signal came after the last step: what is done is published.
+        """
+        number = self.signals[0] if self.signals else self.stop_heard
+        assert number is not None
+        grace = self.start.cluster.grace_seconds
+        self.progress.note(
+            f"{signal.Signals(number).name} received: the workers save and end, within "
+            f"{grace:g} s; once more ends them now"
+        )
+        if self.signals:
+            self.others.tell({"stop": number})
+        self.processes.terminate_workers()
+        deadline = time.monotonic() + grace
+        while self.processes.workers_running() and time.monotonic() < deadline:
+            if len(self.signals) > 1:
+                break
+            time.sleep(_POLL_SECONDS)
+        self._show()
+        if not (self.start.attempt / "result.json").is_file():
+            raise Interrupted(number, saved_text(self.start))
+        if self.processes.msrun_exit() is None:
+            self.processes.kill_all()
 
 
-def _failure(attempt: Path, processes: RunProcesses, msrun_exit: int | None) -> RunFailed | None:
-    """What has gone wrong, if anything has; the first cause, as far as it can be told."""
-    logs = attempt / "logs"
-    bad_exit = processes.bad_exit()
-    # After that: a rank writes its error file before it ends.
-    if error := first_error(attempt / "errors"):
-        return rank_failure(error, logs / f"worker_{error.rank_id}.log")
-    if bad_exit:
-        member, code = bad_exit
-        file = "scheduler.log" if member.rank_id is None else f"worker_{member.rank_id}.log"
-        return RunFailed(exit_text(member.name, code, logs / file))
-    if msrun_exit:
-        return RunFailed(exit_text("msrun", msrun_exit, logs / "msrun.log"))
-    ended = (attempt / "result.json").is_file() or (attempt / "stopped.json").is_file()
-    if msrun_exit == 0 and not ended:
-        return RunFailed(f"training ended without a result; see {logs}")
-    return None
-
-
-def saved_text(job: Job) -> str | None:
+def saved_text(start: Start) -> str | None:
     """Where the run stopped and how it goes on; None if it did not stop with a checkpoint."""
     try:
-        stopped = json.loads((job.attempt / "stopped.json").read_text(encoding="utf-8"))
+        stopped = json.loads((start.attempt / "stopped.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return (
-        f"saved after step {stopped['step']} of {stopped['steps']}; go on with: lora-launch "
-        f"--devices {','.join(map(str, job.device_ids))} --resume {job.folder}"
-    )
-
-
-def rank_failure(error: RankError, log: Path) -> RunFailed:
-    """The failure of a rank that could say what stopped it."""
-    if error.user:
-        return RunFailed(error.message, user=True)
-    message = f"rank {error.rank_id} failed with {error.type}: {error.message}; see {log}"
-    return RunFailed(message, traceback=error.traceback)
-
-
-def exit_text(name: str, code: int, log: Path) -> str:
-    """A process that ended without a word of its own, with the last line of its log."""
-    if code < 0:
-        number = signal.Signals(-code)
-        ended = f"{name} was killed by signal {number.value} ({number.name})"
-        if number == signal.SIGKILL:
-            ended += ", as the kernel does when memory runs out"
-        return f"{ended}; see {log}"
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        lines = []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    said = f" after writing {last!r}" if last else ""
-    return f"{name} ended with exit code {code}{said}; see {log}"
-
-
-def _stop(processes: RunProcesses, progress: Progress, signals: list[int]) -> None:
-    """Let the workers end by themselves for a moment; a second signal cuts it short."""
-    progress.note(f"{signal.Signals(signals[0]).name} received, ending the workers")
-    processes.terminate_workers()
-    deadline = time.monotonic() + _GRACE_SECONDS
-    while processes.workers_running() and len(signals) == 1 and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
+    if start.msrun.local_worker_num < start.msrun.worker_num:
+        command = f"the same command on each node and --resume {start.folder}"
+    else:
+        command = f"lora-launch --devices {start.devices_option} --resume {start.folder}"
+    return f"saved after step {stopped['step']} of {stopped['steps']}; go on with: {command}"
 
 
 @contextmanager
-def _received_signals() -> Iterator[list[int]]:
+def received_signals() -> Iterator[list[int]]:
     """Collect the signals that would end this process, instead of ending."""
     received: list[int] = []
 
@@ -140,3 +228,17 @@ def _received_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _has_ended(attempt: Path) -> bool:
+    return (attempt / "result.json").is_file() or (attempt / "stopped.json").is_file()
+
+
+def _port_was_taken(start: Start, processes: RunProcesses) -> bool:
+    """Has somebody else the scheduler's port, now that no process of the attempt is left?"""
+    if start.node_rank:
+        return False
+    processes.kill_all()
+    with contextlib.suppress(OSError):
+        return ports.is_taken(start.msrun.master_port, start.msrun.master_addr)
+    return False

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.config import ClusterConfig
 
@@ -45,19 +46,27 @@ class Hang:
         )
 
 
-def read_signs(folder: Path, rank_ids: Iterable[int], started: float, now: float) -> dict[int, Sign]:
+def read_signs(
+    folder: Path, rank_ids: Iterable[int], started: float, now: float
+) -> dict[int, Sign]:
     """The signs of ranks on this machine; times in seconds of time.monotonic().
 
     A rank that has not written any yet is as old as the run.
     """
     found = {}
     for rank_id in rank_ids:
-        try:
-            beat = json.loads((folder / f"rank_{rank_id}").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):  # not begun, or empty as yet
-            beat = {"phase": "starting", "mark": 0, "own": None, "time": started}
+        beat = _beat(folder, rank_id) or {"phase": "starting", "mark": 0, "own": None}
+        beat.setdefault("time", started)
         found[rank_id] = Sign(beat["phase"], beat["mark"], now - beat["time"], beat["own"])
     return found
+
+
+def rank_of_process(folder: Path, rank_ids: Iterable[int], pid: int) -> int | None:
+    """The rank that was this process; None if it had not come so far as to say so."""
+    for rank_id in rank_ids:
+        if (_beat(folder, rank_id) or {}).get("pid") == pid:
+            return rank_id
+    return None
 
 
 def hang(signs: Mapping[int, Sign], limits: ClusterConfig) -> Hang | None:
@@ -108,6 +117,14 @@ class Stragglers:
                     "cores and what else runs there"
                 )
         return texts
+
+
+def _beat(folder: Path, rank_id: int) -> dict[str, Any] | None:
+    try:
+        beat: dict[str, Any] = json.loads((folder / f"rank_{rank_id}").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or empty as yet
+        return None
+    return beat
 
 
 def _limit(phase: str) -> str:

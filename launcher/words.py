@@ -61,8 +61,9 @@ def plan_text(job: Job) -> str:
             else f"{plan.precision}, with the LoRA and its gradients in fp32"
         ),
         "devices": (
-            f"{job.machine.device_target} {', '.join(map(str, job.device_ids))}; "
-            f"port {job.msrun.master_port}; {job.environment['OMP_NUM_THREADS']} threads each"
+            f"{job.machine.device_target} {', '.join(map(str, job.start.device_ids))}; "
+            f"port {job.start.msrun.master_port}; "
+            f"{job.start.environment['OMP_NUM_THREADS']} threads each"
             + (
                 f"; {plan.devices} workers share {job.machine.cores} cores"
                 if job.machine.device_target == "CPU" and plan.devices > job.machine.cores
@@ -107,9 +108,9 @@ def dry_run_text(job: Job) -> str:
     """What would be started and with which environment."""
     parts = [
         "command",
-        f"  {shlex.join(job.command)}",
+        f"  {shlex.join(job.start.command)}",
         "environment added",
-        *table(job.environment),
+        *table(job.start.environment),
     ]
     if job.rank_table is not None:
         parts += ["rank table", job.rank_table.rstrip()]
@@ -120,10 +121,10 @@ def dry_run_json(job: Job) -> dict[str, Any]:
     """The same and the plan as plain values."""
     return {
         "plan": job.plan.as_dict(),
-        "device_ids": list(job.device_ids),
+        "device_ids": list(job.start.device_ids),
         "run_folder": str(job.folder),
-        "command": list(job.command),
-        "environment": job.environment,
+        "command": list(job.start.command),
+        "environment": job.start.environment,
         "rank_table": job.rank_table,
     }
 

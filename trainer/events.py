@@ -29,7 +29,12 @@ class Events:
         self.path = attempt / "events.jsonl" if rank_id == 0 else None
         (attempt / "beats").mkdir(exist_ok=True)
         self._beats = os.open(attempt / "beats" / f"rank_{rank_id}", os.O_WRONLY | os.O_CREAT)
-        self._beat: dict[str, Any] = {"phase": "starting", "mark": 0, "own": None}
+        self._beat: dict[str, Any] = {
+            "pid": os.getpid(),
+            "phase": "starting",
+            "mark": 0,
+            "own": None,
+        }
 
     def emit(self, event: str, **values: Any) -> None:
         """One line with the event's name, its values and the time in Unix seconds."""

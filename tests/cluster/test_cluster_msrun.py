@@ -36,7 +36,7 @@ def test_rank_table_is_passed() -> None:
 
 def test_environment_on_cpu() -> None:
     machine = Machine("CPU", tuple(range(10)), 10)
-    assert environment(JOB, machine, (0, 1, 2, 3), PYTHON, "/usr/bin:/bin") == {
+    assert environment(JOB, machine, (0, 1, 2, 3), PYTHON, "/usr/bin:/bin", 300) == {
         "PATH": "/venv/bin:/usr/bin:/bin",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "2",
@@ -46,7 +46,9 @@ def test_environment_on_cpu() -> None:
 
 
 def test_environment_on_ascend() -> None:
-    additions = environment(JOB, Machine("Ascend", tuple(range(8)), 2), (7, 4, 5, 6), PYTHON, "")
+    additions = environment(
+        JOB, Machine("Ascend", tuple(range(8)), 2), (7, 4, 5, 6), PYTHON, "", 300
+    )
     assert additions["ASCEND_RT_VISIBLE_DEVICES"] == "4,5,6,7"
     assert additions["OMP_NUM_THREADS"] == "1"
     assert additions["PATH"] == "/venv/bin"

@@ -1,7 +1,7 @@
 """A worker that keeps the contract of `trainer.worker` and trains nothing; started by msrun.
 
-STAND_IN says what it does: "succeed"; "raise" an error on rank 1 before it has met the others;
-"wait" in training until it is ended; "save" when it is asked to end, as `trainer.worker` does.
+STAND_IN says what it does in each attempt, "crash,succeed" for example; the last word is for all
+further attempts. See the functions below. Only "succeed" meets the other ranks.
 """
 
 from __future__ import annotations
@@ -10,47 +10,147 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
-ATTEMPT = Path(sys.argv[1])
-BEHAVIOUR = os.environ["STAND_IN"]
+import trainer.worker as real
+from trainer.events import Events
+from trainer.images import DataError
+
+NUMBER = int(Path(sys.argv[1]).name.removeprefix("attempt_"))
+WORDS = os.environ["STAND_IN"].split(",")
+BEHAVIOUR = WORDS[min(NUMBER, len(WORDS)) - 1]
 
 
-def emit(event: str, **values: object) -> None:
-    with (ATTEMPT / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"event": event, **values, "time": time.time()}) + "\n")
+def train(events: Events, rank_id: int, mark: int = 2) -> None:
+    """Say that training is under way."""
+    events.phase("training")
+    events.beat(mark=mark)
 
 
-def succeed() -> None:
+def forever() -> None:
+    while True:
+        signal.pause()
+
+
+def wait(attempt: Path, rank_id: int, events: Events) -> None:
+    """Train until ended."""
+    train(events, rank_id)
+    while True:
+        time.sleep(0.2)
+        events.beat()
+
+
+def save(attempt: Path, rank_id: int, events: Events) -> None:
+    """Train; save when asked to end, as a real worker does."""
+
+    def stop(*_: object) -> None:
+        (attempt / "stopped.json").write_text(json.dumps({"step": 4, "steps": 10}))
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    wait(attempt, rank_id, events)
+
+
+def stubborn(attempt: Path, rank_id: int, events: Events) -> None:
+    """Train, and take no notice of SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    wait(attempt, rank_id, events)
+
+
+def refuse(attempt: Path, rank_id: int, events: Events) -> None:
+    """Rank 1 fails with an error of its own, before it has met the others."""
+    if rank_id == 1:
+        raise RuntimeError("no memory for the table")
+    forever()
+
+
+def blame(attempt: Path, rank_id: int, events: Events) -> None:
+    """Rank 1 finds that the input is to blame."""
+    if rank_id == 1:
+        raise DataError("a.png: expected an image, found text")
+    forever()
+
+
+def crash(attempt: Path, rank_id: int, events: Events) -> None:
+    """Rank 1 is killed while it trains."""
+    train(events, rank_id)
+    if rank_id == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    forever()
+
+
+def leave(attempt: Path, rank_id: int, events: Events) -> None:
+    """Rank 1 ends with a code of its own."""
+    train(events, rank_id)
+    if rank_id == 1:
+        print("enough", flush=True)
+        os._exit(7)
+    forever()
+
+
+def read_slowly() -> None:
+    threading.Event().wait()
+
+
+def hang(attempt: Path, rank_id: int, events: Events) -> None:
+    """Rank 1 does not come to the all-reduce in which rank 0 waits."""
+    train(events, rank_id, mark=8 if rank_id == 1 else 9)
+    if rank_id == 1:
+        read_slowly()
+    forever()
+
+
+def spawn(attempt: Path, rank_id: int, events: Events) -> None:
+    """Train, with a process of its own in a session of its own."""
+    import subprocess
+
+    if rank_id == 1:
+        child = subprocess.Popen(["sleep", "3000"], start_new_session=True)
+        (attempt / "child").write_text(str(child.pid))
+    wait(attempt, rank_id, events)
+
+
+def succeed(attempt: Path, rank_id: int, events: Events) -> None:
+    """Meet the others, and end with a result."""
     import numpy as np
     from safetensors.numpy import save_file
 
-    plan = json.loads((ATTEMPT / "plan.json").read_text())
-    emit("validation", step=0, loss=0.5, quarters=[0.2, 0.4, 0.6, 0.8])
-    emit("phase", phase="training")
-    for step in range(1, plan["steps"] + 1):
-        images = step * plan["global_batch"]
-        emit(
+    from trainer.distributed import Group
+    from trainer.plan import read_plan
+
+    plan = read_plan(attempt)
+    group = Group(plan.device_target)
+    assert group.rank_id == rank_id
+    assert list(group.gather(np.array([rank_id]))[:, 0]) == list(range(plan.devices))
+    events.emit("validation", step=0, loss=0.5, quarters=[0.2, 0.4, 0.6, 0.8])
+    train(events, rank_id)
+    if rank_id:
+        return
+    for step in range(1, plan.steps + 1):
+        images = step * plan.global_batch
+        events.emit(
             "step",
             step=step,
-            steps=plan["steps"],
+            steps=plan.steps,
             images=images,
             loss=1 / step,
             learning_rate=1e-3,
             images_per_second=20.0,
         )
-    save_file({"down": np.ones((2, 2), np.float32)}, ATTEMPT / "lora.safetensors")
-    result = {
+    save_file({"down": np.ones((2, 2), np.float32)}, attempt / "lora.safetensors")
+    result: dict[str, Any] = {
         "artifact": "lora.safetensors",
         "validation_loss": {"base": 0.5, "lora": 0.4},
-        "published_step": plan["steps"],
-        "images": plan["images"],
-        "steps": plan["steps"],
+        "published_step": plan.steps,
+        "images": plan.images,
+        "steps": plan.steps,
         "skipped_steps": 0,
-        "trained_parameters": plan["trained_parameters"],
-        "synced_bytes": plan["synced_bytes"],
-        "rank_digests": ["ab" * 32] * plan["devices"],
+        "trained_parameters": plan.trained_parameters,
+        "synced_bytes": plan.synced_bytes,
+        "rank_digests": ["ab" * 32] * plan.devices,
         "base_digest": "cd" * 32,
         "data_digest": "ef" * 32,
         "seconds": {"training": 2.0, "total": 10.0},
@@ -58,50 +158,23 @@ def succeed() -> None:
         "peak_memory_bytes": 1_000_000_000,
         "versions": {"numpy": np.__version__},
     }
-    (ATTEMPT / "result.json").write_text(json.dumps(result))
+    (attempt / "result.json").write_text(json.dumps(result))
 
 
-def fail(rank_id: int) -> None:
-    report = {
-        "rank_id": rank_id,
-        "type": "RuntimeError",
-        "message": "no memory for the table",
-        "user": False,
-        "traceback": "Traceback (most recent call last): ...",
-    }
-    part = ATTEMPT / "errors" / "part"
-    part.write_text(json.dumps(report))
-    part.replace(ATTEMPT / "errors" / f"rank_{rank_id}.json")
-    sys.exit(1)
+def run(attempt: Path, rank_id: int) -> None:
+    events = Events(attempt, rank_id)
+    events.phase("starting")
+    globals()[BEHAVIOUR](attempt, rank_id, events)
 
 
-def stop(*_: object) -> None:
-    (ATTEMPT / "stopped.json").write_text(json.dumps({"step": 4, "steps": 10}))
-    sys.exit(0)
-
-
-def main() -> None:
-    scheduler = os.environ["MS_ROLE"] == "MS_SCHED"
-    if BEHAVIOUR == "raise" and not scheduler and os.environ["RANK_ID"] == "1":
-        fail(1)
-
-    import mindspore
-    from mindspore.communication import get_rank, init
-
-    if BEHAVIOUR == "save" and not scheduler:
-        signal.signal(signal.SIGTERM, stop)
-    mindspore.set_device("CPU")
-    init()
-    if get_rank() == 0:
-        emit("phase", phase="loading base")
-    if BEHAVIOUR in ("wait", "save"):
-        if get_rank() == 0:
-            emit("phase", phase="training")
-        while True:
-            signal.pause()
-    if get_rank() == 0:
-        succeed()
+def schedule(attempt: Path) -> None:
+    """End when the run was stopped, as the real scheduler does when all ranks have left."""
+    while not (attempt / "stopped.json").exists():
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":
-    main()
+    real.run = run
+    if BEHAVIOUR != "succeed":
+        real.schedule = schedule
+    real.main()

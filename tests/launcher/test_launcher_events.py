@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from launcher import failures
 from launcher.events import first_error, new_events
-from launcher.supervise import exit_text, rank_failure
 
 
 def test_half_written_line_waits_for_its_end(tmp_path: Path) -> None:
@@ -47,18 +47,18 @@ def test_first_error_is_the_oldest(tmp_path: Path) -> None:
     error = first_error(tmp_path)
     assert error is not None
     assert error.rank_id == 1
-    failure = rank_failure(error, Path("worker_1.log"))
-    assert str(failure) == "rank 1 failed with RuntimeError: no memory; see worker_1.log"
-    assert (failure.user, failure.traceback) == (False, "Traceback")
+    failure = failures.of_rank(error, Path("worker_1.log"))
+    assert failure.text == "rank 1 failed with RuntimeError: no memory; see worker_1.log"
+    assert (failure.exit_code, failure.traceback) == (1, "Traceback")
 
 
 def test_input_to_blame_is_told_in_its_own_words(tmp_path: Path) -> None:
     write_error(tmp_path, 3, 10, type="DataError", message="a.png is not an image", user=True)
     error = first_error(tmp_path)
     assert error is not None
-    failure = rank_failure(error, Path("worker_3.log"))
-    assert str(failure) == "a.png is not an image"
-    assert failure.user
+    failure = failures.of_rank(error, Path("worker_3.log"))
+    assert failure.text == "a.png is not an image"
+    assert failure.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,11 @@ def test_input_to_blame_is_told_in_its_own_words(tmp_path: Path) -> None:
 def test_exit_without_an_error_file(tmp_path: Path, code: int, log: str, text: str) -> None:
     path = tmp_path / "worker_0.log"
     path.write_text(log)
-    assert text in exit_text("rank 0", code, path)
+    failure = failures.of_exit("rank 0", code, path)
+    assert text in failure.text
+    assert failure.exit_code == (128 - code if code < 0 else code)
+    assert failure.killed == (code < 0)
 
 
 def test_exit_without_a_log(tmp_path: Path) -> None:
-    assert "exit code 1; see " in exit_text("rank 0", 1, tmp_path / "none.log")
+    assert "exit code 1; see " in failures.of_exit("rank 0", 1, tmp_path / "none.log").text

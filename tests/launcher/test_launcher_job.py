@@ -31,20 +31,22 @@ def test_run_folder_holds_what_the_workers_read(job: Job, config: Path) -> None:
     plan = json.loads((job.attempt / "plan.json").read_text())
     assert plan == json.loads(json.dumps(job.plan.as_dict()))
     assert read_scan((job.attempt / "data.json").read_text()) == job.data
-    assert job.command[-3:] == ("-m", "trainer.worker", str(job.attempt))
+    assert job.start.command[-3:] == ("-m", "trainer.worker", str(job.attempt))
 
 
 def test_every_run_has_its_own_folder(job: Job, config: Path) -> None:
     write(job)
     second = prepare(Request(config, device_target="CPU"), NOW)
     assert second.folder.name == "tiny-20250102-030405-2"
-    with pytest.raises(LaunchError, match="cannot make the run's folder: File exists"):
+    with pytest.raises(LaunchError, match="cannot make the run's folder: Directory not empty"):
         write(job)
     assert (job.attempt / "plan.json").is_file()
 
 
 def test_folder_that_cannot_be_completed_is_taken_away(job: Job) -> None:
-    unwritable = dataclasses.replace(job, attempt=job.folder / ("x" * 300))
+    unwritable = dataclasses.replace(
+        job, start=dataclasses.replace(job.start, attempt=job.folder / ("x" * 300))
+    )
     with pytest.raises(LaunchError, match="File name too long"):
         write(unwritable)
     assert not job.folder.exists()
@@ -61,8 +63,8 @@ def test_several_npus_get_a_rank_table(
 
     job = prepare(Request(config, devices="4-7"), NOW)
     assert job.plan.device_target == "Ascend"
-    assert job.environment["ASCEND_RT_VISIBLE_DEVICES"] == "4,5,6,7"
-    assert f"--rank_table_file={job.attempt}/rank_table.json" in job.command
+    assert job.start.environment["ASCEND_RT_VISIBLE_DEVICES"] == "4,5,6,7"
+    assert f"--rank_table_file={job.attempt}/rank_table.json" in job.start.command
     write(job)
     (entry,) = json.loads((job.attempt / "rank_table.json").read_text())["server_list"]
     assert [device["device_id"] for device in entry["device"]] == ["4", "5", "6", "7"]

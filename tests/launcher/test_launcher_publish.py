@@ -57,7 +57,7 @@ def test_different_weights_are_an_error(job: Job) -> None:
     with pytest.raises(RunFailed) as caught:
         read_result(job.attempt)
     assert "different weights (rank 0 abababababab…, rank 1 babababababa…)" in str(caught.value)
-    assert not caught.value.user
+    assert caught.value.failure.exit_code == 1
 
 
 def test_versions_count_up_and_carry_their_lineage(job: Job) -> None:
