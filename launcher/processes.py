@@ -18,6 +18,8 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_SECONDS = 10.0
+_MSRUN_SECONDS = 2.0
+"""It looks at its workers every second."""
 _LAUNCHER = "LORA_LAUNCHER"
 """Variable that all processes of a run inherit: the launcher's id and the time it started."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -69,6 +71,8 @@ class RunProcesses:
         self._log = log
         self._members: dict[psutil.Process, Member] = {}
         self._stopped: dict[psutil.Process, float] = {}
+        self._unseen: dict[psutil.Process, float] = {}
+        """Ended before it could be told what they were, and since when that is known."""
         # A scheduler of the machine may have set this for the launcher. A worker between fork and
         # exec shows msrun's environment, and must not be taken for what msrun's parent was.
         inherited = {key: value for key, value in os.environ.items() if key != "MS_ROLE"}
@@ -104,6 +108,11 @@ class RunProcesses:
         for member, found in codes:
             if found:
                 return Exit(member.process.pid, member.rank_id, found, member.rank_id is None)
+        for process, since in self._unseen.items():
+            # Of a worker msrun would have said so by now.
+            left = _zombie_code(process)
+            if left and time.monotonic() - since > _MSRUN_SECONDS:
+                return Exit(process.pid, None, left, scheduler=True)
         return None
 
     def stopped(self, seconds: float) -> str | None:
@@ -169,8 +178,12 @@ class RunProcesses:
     def _find_members(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self._msrun.pid).children():
-                if process not in self._members and (member := _member(process)):
+                if process in self._members:
+                    continue
+                if member := _member(process):
                     self._members[process] = member
+                elif _status(process) == psutil.STATUS_ZOMBIE:
+                    self._unseen.setdefault(process, time.monotonic())
 
 
 def _member(process: psutil.Process) -> Member | None:

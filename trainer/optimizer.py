@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from trainer.config import OptimizerConfig
 
@@ -25,7 +25,9 @@ class Optimizer(nn.Cell):
 
     def __init__(self, parameters: Sequence[Parameter], options: OptimizerConfig):
         super().__init__(auto_prefix=False)
-        self.trained = tuple(parameters)
+        # A tuple of its own kind, so that the parameters count as those of this cell: a compiled
+        # graph that is read from disk finds by their names only the parameters of its cell.
+        self.trained = ParameterTuple(parameters)
         self.sizes = [math.prod(parameter.shape) for parameter in parameters]
         self.size = sum(self.sizes)
         self.betas = options.betas
