@@ -149,26 +149,28 @@ class Follower:
         """Comes to node 0; see launcher.channel.join. Raises ClusterError if it is refused."""
         self._inbox: queue.Queue[tuple[int, Message | None]] = queue.Queue()
         self._address = address
+        self._gone = False
         self._line = join(address, port, key, hello, self._inbox, wait)
 
     def message(self, seconds: float) -> tuple[int, Message | None] | None:
         """See Others."""
-        return take(self._inbox, seconds)
+        found = take(self._inbox, seconds)
+        self._gone = self._gone or (found is not None and found[1] is None)
+        return found
 
     def order(self, wait: Callable[[], None]) -> Message:
         """The next `start` or `end` that node 0 sends; what else it says is of the past.
 
         Raises ClusterError if node 0 is gone.
         """
-        while True:
+        while not self._gone:
             wait()
-            _, message = self.message(0.5) or (0, {})
-            if message is None:
-                raise ClusterError(
-                    f"node 0 ({self._address}) is gone; see what it said, and start the nodes again"
-                )
-            if "start" in message or "end" in message:
+            _, message = self.message(0.5) or (0, None)
+            if message and ("start" in message or "end" in message):
                 return message
+        raise ClusterError(
+            f"node 0 ({self._address}) is gone; see what it said, and start the nodes again"
+        )
 
     def tell(self, message: Message) -> None:
         """To node 0."""

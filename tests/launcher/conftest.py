@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from PIL import Image
+
+import launcher
+from tests.launcher.launching import LAUNCH, Launch, of_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,3 +51,35 @@ def config(tmp_path: Path, settings: dict[str, Any]) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Launch]:
+    """Start `lora-launch` with the stand-in worker; nothing that it started outlives the test."""
+    root, here = Path(launcher.__file__).parents[1], Path(__file__).parent
+    path = os.pathsep.join([str(root), str(here), os.environ.get("PYTHONPATH", "")])
+    started: list[psutil.Popen] = []
+
+    def begin(
+        behaviour: str, *arguments: object, within: Sequence[str] = (), failing: int = 1
+    ) -> psutil.Popen:
+        process = psutil.Popen(
+            [*within, sys.executable, "-c", LAUNCH, *map(str, arguments)],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "STAND_IN": behaviour,
+                "STAND_IN_RANK": str(failing),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in [*started, *of_run(tmp_path)]:
+        if process.is_running():
+            process.kill()

@@ -1,7 +1,8 @@
 """A worker that keeps the contract of `trainer.worker` and trains nothing; started by msrun.
 
 STAND_IN says what it does in each attempt, "crash,succeed" for example; the last word is for all
-further attempts. See the functions below. Only "succeed" meets the other ranks.
+further attempts. See the functions below. Only "succeed" meets the other ranks. STAND_IN_RANK is
+the rank that fails.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trainer.images import DataError
 
 NUMBER = int(Path(sys.argv[1]).name.removeprefix("attempt_"))
 WORDS = os.environ["STAND_IN"].split(",")
+FAILING = int(os.environ["STAND_IN_RANK"])
 BEHAVIOUR = WORDS[min(NUMBER, len(WORDS)) - 1]
 
 
@@ -61,31 +63,31 @@ def stubborn(attempt: Path, rank_id: int, events: Events) -> None:
 
 
 def refuse(attempt: Path, rank_id: int, events: Events) -> None:
-    """Rank 1 fails with an error of its own, before it has met the others."""
-    if rank_id == 1:
+    """The rank fails with an error of its own, before it has met the others."""
+    if rank_id == FAILING:
         raise RuntimeError("no memory for the table")
     forever()
 
 
 def blame(attempt: Path, rank_id: int, events: Events) -> None:
-    """Rank 1 finds that the input is to blame."""
-    if rank_id == 1:
+    """The rank finds that the input is to blame."""
+    if rank_id == FAILING:
         raise DataError("a.png: expected an image, found text")
     forever()
 
 
 def crash(attempt: Path, rank_id: int, events: Events) -> None:
-    """Rank 1 is killed while it trains."""
+    """The rank is killed while it trains."""
     train(events, rank_id)
-    if rank_id == 1:
+    if rank_id == FAILING:
         os.kill(os.getpid(), signal.SIGKILL)
     forever()
 
 
 def leave(attempt: Path, rank_id: int, events: Events) -> None:
-    """Rank 1 ends with a code of its own."""
+    """The rank ends with a code of its own."""
     train(events, rank_id)
-    if rank_id == 1:
+    if rank_id == FAILING:
         print("enough", flush=True)
         os._exit(7)
     forever()
@@ -96,9 +98,9 @@ def read_slowly() -> None:
 
 
 def hang(attempt: Path, rank_id: int, events: Events) -> None:
-    """Rank 1 does not come to the all-reduce in which rank 0 waits."""
-    train(events, rank_id, mark=8 if rank_id == 1 else 9)
-    if rank_id == 1:
+    """The rank does not come to the all-reduce in which rank 0 waits."""
+    train(events, rank_id, mark=8 if rank_id == FAILING else 9)
+    if rank_id == FAILING:
         read_slowly()
     forever()
 
@@ -107,7 +109,7 @@ def spawn(attempt: Path, rank_id: int, events: Events) -> None:
     """Train, with a process of its own in a session of its own."""
     import subprocess
 
-    if rank_id == 1:
+    if rank_id == FAILING:
         child = subprocess.Popen(["sleep", "3000"], start_new_session=True)
         (attempt / "child").write_text(str(child.pid))
     wait(attempt, rank_id, events)
