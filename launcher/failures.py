@@ -36,6 +36,12 @@ def of_exit(name: str, code: int, log: Path) -> Failure:
     return Failure(f"{name} ended with exit code {code}{said}; see {log}", code)
 
 
+def of_early_end(rank_id: int, log: Path) -> Failure:
+    """A rank that has left the others in the lurch without an error."""
+    text = f"rank {rank_id} ended with exit code 0 before the run had ended; see {log}"
+    return Failure(text, killed=True)
+
+
 def of_hang(hang: Hang, attempt: Path) -> Failure:
     """Ranks that hang, with the place where the first of them is."""
     folder = attempt / "stacks"

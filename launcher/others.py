@@ -150,12 +150,16 @@ class Follower:
         self._inbox: queue.Queue[tuple[int, Message | None]] = queue.Queue()
         self._address = address
         self._gone = False
+        self._end: Message | None = None
         self._line = join(address, port, key, hello, self._inbox, wait)
 
     def message(self, seconds: float) -> tuple[int, Message | None] | None:
         """See Others."""
         found = take(self._inbox, seconds)
-        self._gone = self._gone or (found is not None and found[1] is None)
+        if found is not None:
+            self._gone |= found[1] is None
+            if found[1] and "end" in found[1]:
+                self._end = found[1]
         return found
 
     def order(self, wait: Callable[[], None]) -> Message:
@@ -163,11 +167,13 @@ class Follower:
 
         Raises ClusterError if node 0 is gone.
         """
-        while not self._gone:
+        while not self._gone and self._end is None:
             wait()
             _, message = self.message(0.5) or (0, None)
-            if message and ("start" in message or "end" in message):
+            if message and "start" in message:
                 return message
+        if self._end is not None:
+            return self._end
         raise ClusterError(
             f"node 0 ({self._address}) is gone; see what it said, and start the nodes again"
         )

@@ -132,11 +132,6 @@ class RunProcesses:
                 return processes[process]
         return None
 
-    def rank_ids(self) -> list[int]:
-        """The ranks on this machine that have been started."""
-        self._find_members()
-        return sorted(m.rank_id for m in self._members.values() if m.rank_id is not None)
-
     def dump_stacks(self) -> None:
         """Ask every worker to write down where it is; see trainer.worker."""
         for member in self._workers():
@@ -249,6 +244,14 @@ def _left_behind(identity: str) -> bool:
     except FileNotFoundError:
         return True
     except OSError:
+        return False
+
+
+def is_running(pid: int) -> bool:
+    """Is there such a process, that has not ended?"""
+    try:
+        return _runs(psutil.Process(pid))
+    except psutil.NoSuchProcess:
         return False
 
 

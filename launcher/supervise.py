@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 
@@ -18,9 +18,9 @@ from launcher.errors import Failure, Interrupted, RunFailed, Stopped
 from launcher.events import first_error, new_events, record
 from launcher.job import Start
 from launcher.others import Ended, Others
-from launcher.processes import RunProcesses
+from launcher.processes import RunProcesses, is_running
 from launcher.progress import Progress
-from launcher.watchdog import Sign, Stragglers, hang, rank_of_process, read_signs
+from launcher.watchdog import ENDED, Sign, Stragglers, hang, rank_of_process, read_signs
 
 _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 1.0
@@ -77,6 +77,8 @@ class _Attempt:
         self._began = self._looked = time.monotonic()
         self._offset = 0
         self._elsewhere: dict[int, tuple[Sign, float]] = {}
+        self._early: set[int] = set()
+        """Ranks that were found to have ended before the run had, the last time."""
         self._stragglers = Stragglers(start.cluster.straggler_factor)
 
     def watch(self) -> None:
@@ -131,19 +133,31 @@ class _Attempt:
             raise RunFailed(failures.of_stopped(name, _STOPPED_SECONDS))
         beats = self.start.attempt / "beats"
         signs = read_signs(beats, self.start.rank_ids, self._began, now)
+        early = {
+            rank_id
+            for rank_id, sign in signs.items()
+            if sign.phase != ENDED and sign.pid is not None and not is_running(sign.pid)
+        }
+        if early & self._early:  # what ended otherwise has been named in the meantime
+            rank_id = min(early)
+            log = self.start.attempt / "logs" / f"worker_{rank_id}.log"
+            raise RunFailed(failures.of_early_end(rank_id, log))
+        self._early = early
         if self.start.node_rank:
             own = {str(rank_id): asdict(sign) for rank_id, sign in signs.items()}
             self.others.tell({"signs": own})
             return
         for rank_id, (sign, heard) in self._elsewhere.items():
-            signs[rank_id] = Sign(sign.phase, sign.mark, sign.age + now - heard, sign.own)
+            signs[rank_id] = replace(sign, age=sign.age + now - heard)
         for text in self._stragglers.found(signs):
             record(self.start.attempt, "straggler", text=text)
             self.progress.note(f"warning: {text}")
         if found := hang(signs, self.start.cluster):
             self.others.tell({"dump": True})
             self.processes.dump_stacks()
-            self._hear(_LOOK_SECONDS)  # for the stacks to be written
+            deadline = now + _LOOK_SECONDS
+            while time.monotonic() < deadline:  # for the stacks to be written
+                self._hear(_POLL_SECONDS)
             raise RunFailed(failures.of_hang(found, self.start.attempt))
 
     def _failure(self, msrun_exit: int | None) -> Failure | None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from trainer.config import ClusterConfig
 
+ENDED = "ended"
+"""Phase of a rank that has done all its work."""
 _SLOW_IN_A_ROW = 3
 
 
@@ -25,6 +27,8 @@ class Sign:
     """Seconds since."""
     own: float | None
     """Seconds that it took for its last measured step, without waiting for the others."""
+    pid: int | None = None
+    """Of its process; None if it has not said so yet."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ def read_signs(
     for rank_id in rank_ids:
         beat = _beat(folder, rank_id) or {"phase": "starting", "mark": 0, "own": None}
         beat.setdefault("time", started)
-        found[rank_id] = Sign(beat["phase"], beat["mark"], now - beat["time"], beat["own"])
+        found[rank_id] = Sign(
+            beat["phase"], beat["mark"], now - beat["time"], beat["own"], beat.get("pid")
+        )
     return found
 
 
@@ -75,10 +81,11 @@ def hang(signs: Mapping[int, Sign], limits: ClusterConfig) -> Hang | None:
     The others wait for them in a collective and are silent as well; only those that are furthest
     behind are asked how long they have been silent.
     """
-    if not signs:
+    at_work = {rank_id: sign for rank_id, sign in signs.items() if sign.phase != ENDED}
+    if not at_work:
         return None
-    last = min(sign.mark for sign in signs.values())
-    behind = {rank_id: sign for rank_id, sign in signs.items() if sign.mark == last}
+    last = min(sign.mark for sign in at_work.values())
+    behind = {rank_id: sign for rank_id, sign in at_work.items() if sign.mark == last}
     late = {
         rank_id: sign
         for rank_id, sign in behind.items()

@@ -35,6 +35,7 @@ def run(attempt: Path, rank_id: int) -> None:
     config = load_config(attempt / "config.yaml")
     scan = read_scan((attempt / "data.json").read_text(encoding="utf-8"))
     train(config, plan, scan, Group(plan.device_target), attempt, events)
+    events.phase("ended")
 
 
 def schedule(attempt: Path) -> None:
@@ -58,7 +59,7 @@ def main() -> None:
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
         try:
             run(attempt, rank_id)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             write_error(attempt, rank_id, error)
             raise SystemExit(1) from error
 

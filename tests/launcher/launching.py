@@ -41,8 +41,10 @@ def until(condition: Callable[[], bool], process: psutil.Popen) -> None:
         time.sleep(0.05)
 
 
-def training(folder: Path) -> bool:
-    return any('"training"' in path.read_text() for path in folder.glob("runs/*/*/events.jsonl"))
+def training(folder: Path, ranks: int = 2) -> bool:
+    """Do all ranks of a run train?"""
+    beats = [path.read_text() for path in folder.glob("runs/*/*/beats/*")]
+    return sum('"training"' in text for text in beats) == ranks
 
 
 def workers(folder: Path) -> dict[int, psutil.Process]:

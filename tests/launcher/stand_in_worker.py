@@ -93,6 +93,14 @@ def leave(attempt: Path, rank_id: int, events: Events) -> None:
     forever()
 
 
+def desert(attempt: Path, rank_id: int, events: Events) -> None:
+    """The rank ends as if all were well, but it is not."""
+    train(events, rank_id)
+    if rank_id == FAILING:
+        os._exit(0)
+    forever()
+
+
 def read_slowly() -> None:
     threading.Event().wait()
 
@@ -167,6 +175,7 @@ def run(attempt: Path, rank_id: int) -> None:
     events = Events(attempt, rank_id)
     events.phase("starting")
     globals()[BEHAVIOUR](attempt, rank_id, events)
+    events.phase("ended")
 
 
 def schedule(attempt: Path) -> None:

@@ -145,19 +145,21 @@ def test_rank_that_hangs_on_the_other_node_is_named(pair: Pair) -> None:
 @pytest.mark.parametrize("asked", [0, 1])
 def test_signal_to_either_node_saves_on_both(pair: Pair, asked: int) -> None:
     both = pair.both("save")
-    until(lambda: training(pair.folder), both[0])
-    until(lambda: len(list(pair.folder.glob("runs/*/*/beats/*"))) == 4, both[0])
+    until(lambda: training(pair.folder, 4), both[0])
     both[asked].send_signal(signal.SIGTERM)
     code, err = finish(both[0])
-    assert (code, "saved after step 4 of 10; go on with: the same command" in err) == (143, True)
-    assert finish(both[1])[0] == 143
+    assert (code, "saved after step 4 of 10; go on with: the same command" in err) == (143, True), (
+        err
+    )
+    code, err = finish(both[1])
+    assert code == 143, err
     assert of_run(pair.folder) == []
 
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_node_that_is_gone_ends_the_other(pair: Pair, killed: int) -> None:
     both = pair.both("wait")
-    until(lambda: len(list(pair.folder.glob("runs/*/*/beats/*"))) == 4, both[0])
+    until(lambda: training(pair.folder, 4), both[0])
     both[killed].kill()
     both[killed].wait()
     code, err = finish(both[1 - killed])
