@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,44 +70,37 @@ def parse_devices(text: str | None, machine: Machine) -> tuple[int, ...]:
         return machine.device_ids if machine.device_target == "Ascend" else machine.device_ids[:1]
     if re.fullmatch(r"\d+", text):
         return _first(int(text), machine)
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise ClusterError(
-            f"--devices {text}: expected a number (8), a range (0-3) or a list (4,5,6,7)"
-        )
-    ids: list[int] = []
-    beyond = machine.device_ids[-1] + 1
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        lowest, highest = int(first), int(last or first)
-        if highest < lowest:
-            raise ClusterError(f"--devices {text}: {part} counts down; write {last}-{first}")
-        # One id beyond the last is enough to refuse 0-999999999.
-        ids += range(min(lowest, beyond), min(highest, beyond) + 1)
-    if len(set(ids)) < len(ids):
-        raise ClusterError(f"--devices {text}: a device is named twice; name each once")
+    try:
+        ids = expand(text, machine.device_ids[-1] + 1)
+    except ClusterError as error:
+        raise ClusterError(f"--devices {text}: {error}") from error
     missing = sorted(set(ids) - set(machine.device_ids))
     if missing:
         raise ClusterError(
             f"--devices {text}: this machine has {machine}; there is no device {missing[0]}, "
             f"choose among {_joined(machine.device_ids)}"
         )
+    return ids
+
+
+def expand(text: str, beyond: int) -> tuple[int, ...]:
+    """The ids, ascending, of a list of ids and ranges such as "0-2,6"; none is above `beyond`.
+
+    Raises ClusterError, without the text itself, if it is malformed or names an id twice.
+    """
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise ClusterError("expected a number (8), a range (0-3) or a list (4,5,6,7)")
+    ids: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        lowest, highest = int(first), int(last or first)
+        if highest < lowest:
+            raise ClusterError(f"{part} counts down; write {last}-{first}")
+        # One id beyond the last is enough to refuse 0-999999999.
+        ids += range(min(lowest, beyond), min(highest, beyond) + 1)
+    if len(set(ids)) < len(ids):
+        raise ClusterError("a device is named twice; name each once")
     return tuple(sorted(ids))
-
-
-def host_address() -> str:
-    """The first IPv4 address of a network interface that is up, else the host name."""
-    import psutil
-
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    for name, addresses in psutil.net_if_addrs().items():
-        for address in addresses:
-            if (
-                address.family == socket.AF_INET
-                and name in up
-                and not address.address.startswith("127.")
-            ):
-                return str(address.address)
-    return socket.gethostname()
 
 
 _MOST_ON_CPU = 64

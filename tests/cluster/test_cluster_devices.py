@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.devices import Machine, host_address, parse_devices, this_machine
+from cluster.devices import Machine, parse_devices, this_machine
 from cluster.errors import ClusterError
 
 CPU = Machine("CPU", (0, 1), 2)
@@ -79,7 +79,3 @@ def test_without_npus_a_machine_has_its_cores(tmp_path: Path) -> None:
     assert machine == Machine("CPU", tuple(range(machine.cores)), machine.cores)
     with pytest.raises(ClusterError, match="found no NPU that is visible"):
         this_machine("Ascend", tmp_path, {})
-
-
-def test_host_address_is_something() -> None:
-    assert host_address()
