@@ -198,7 +198,9 @@ def main() -> None:
                 print(run.log.read_text(), file=sys.stderr, flush=True)
     for kind, count in sorted(counts.items()):
         print(f"{count:4}  {kind}")
-    print(f"{sum(counts.values()):4}  faults in {number} runs, {failures} runs that did not end right")
+    print(
+        f"{sum(counts.values()):4}  faults in {number} runs, {failures} runs that did not end right"
+    )
     raise SystemExit(failures > 0)
 
 

@@ -37,6 +37,12 @@ class Server:
     super_pod_id: str | None = None
 
 
+def server_of(values: Mapping[str, Any]) -> Server:
+    """The server of which dataclasses.asdict made these values."""
+    devices = tuple(Device(**device) for device in values["devices"])
+    return Server(**{**values, "devices": devices})
+
+
 def rank_table(servers: Sequence[Server]) -> dict[str, Any]:
     """The table of a run. Ranks count through the servers in their order, and through the devices
     of each by ascending id, which is the order msrun gives them.

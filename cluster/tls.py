@@ -1,7 +1,7 @@
 """Certificates for MindSpore's cluster channel, so that no stranger registers at the scheduler.
 
 MindSpore takes them from PKCS #12 files named in a JSON file, which `set_ps_context` is told of
-before `init()`. What it checks at the start (2.10, mindspore/ccsrc/ps/core): the PKCS #12 file holds
+before `init()`. What it checks at the start (2.10, mindspore/ccsrc/ps/core): the PKCS #12 file has
 no chain, the issuer's name is the CA's, the authority key identifier is the CA's subject key
 identifier, the CA says that it is one, and now is within both lifetimes.
 """
@@ -27,9 +27,7 @@ VARIABLE = "LORA_PS_CONTEXT"
 """Names the file whose JSON object are the arguments of `mindspore.set_ps_context`."""
 
 _BITS = 3072
-_CIPHERS = (
-    "ECDHE-RSA-AES128-GCM-SHA256:ECDHE-RSA-AES256-GCM-SHA384:ECDHE-RSA-CHACHA20-POLY1305"
-)
+_CIPHERS = "ECDHE-RSA-AES128-GCM-SHA256:ECDHE-RSA-AES256-GCM-SHA384:ECDHE-RSA-CHACHA20-POLY1305"
 _USES = {
     "server": ExtendedKeyUsageOID.SERVER_AUTH,
     "client": ExtendedKeyUsageOID.CLIENT_AUTH,

@@ -80,6 +80,18 @@ main.add_command(submit)
 )
 @click.option("--master-addr", metavar="HOST", help="Name or address of node 0.")
 @click.option(
+    "--product",
+    type=click.Choice(["910A", "A2", "A3"]),
+    help="What the NPUs are. Default: as npu-smi says.",
+)
+@click.option(
+    "--rank-table",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Use this rank table. Default: the one that Kubernetes has mounted, else one is made if "
+    "the devices have addresses.",
+)
+@click.option(
     "--max-restarts",
     type=click.IntRange(min=0),
     default=0,
@@ -111,6 +123,8 @@ def run(
     nnodes: int | None,
     node_rank: int | None,
     master_addr: str | None,
+    product: str | None,
+    rank_table: Path | None,
     max_restarts: int,
     resume: Path | None,
     accept_changes: bool,
@@ -133,15 +147,18 @@ def run(
       lora-launch --devices 2 --resume runs/emoji-ink-20260101-120000
     """
     # Only here, so that --help does not wait for them.
+    from cluster.mounted_table import PATH as MOUNTED
     from cluster.mounted_table import read_when_complete
     from cluster.nodes import this_node
     from launcher.errors import Interrupted, RunFailed, Stopped
-    from launcher.job import Request
+    from launcher.request import Request
     from launcher.run import launch
 
     target = None if device_target == "auto" else device_target
     try:
         mounted = read_when_complete()
+        if rank_table is None and mounted is not None:
+            rank_table = MOUNTED
         launch(
             Request(
                 config,
@@ -152,6 +169,8 @@ def run(
                 resume,
                 this_node(os.environ, nnodes, node_rank, master_addr, mounted),
                 max_restarts,
+                product,
+                rank_table,
                 accept_changes,
                 dry_run,
             ),

@@ -7,16 +7,17 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from cluster import msrun, ports, ranktable
-from cluster.devices import Machine, host_address, parse_devices, this_machine
+from cluster import msrun, ports
+from cluster.devices import Machine, parse_devices
 from cluster.msrun import Msrun
-from cluster.nodes import Nodes
+from cluster.ranktable import Server
 from launcher.errors import LaunchError
+from launcher.hardware import machine_of, own_server, product_of, rank_table_text
+from launcher.request import Request
 from registry.api import open_registry
 from trainer import checkpoint
 from trainer.config import ClusterConfig, RunConfig
@@ -27,27 +28,6 @@ from trainer.plan import Plan, make_plan, read_plan
 WORKER = "trainer.worker"
 MEETING_PORT = 28118
 """Where the launchers of several nodes meet, unless --master-port says otherwise."""
-_HCCN_CONF = Path("/etc/hccn.conf")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for."""
-
-    config: Path | None
-    """None if a run is resumed as it was."""
-    overrides: Sequence[str] = ()
-    devices: str | None = None
-    device_target: str | None = None
-    master_port: int | None = None
-    resume: Path | None = None
-    """The folder of the run to go on with."""
-    nodes: Nodes = field(default_factory=Nodes)
-    """Which machine of how many this is."""
-    max_restarts: int = 0
-    accept_changes: bool = False
-    dry_run: bool = False
-    """Nothing will be started: weights and images need not be at hand."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +84,9 @@ class Job:
     start: Start
     rank_table: str | None
     """Text of the table that msrun is given, if it is given one."""
+    server: Server | None
+    """This machine as a part of one, if the addresses of its devices are known."""
+    product: str | None
 
     @property
     def folder(self) -> Path:
@@ -122,13 +105,19 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
     Raises one of the rooms' own errors, each with one sentence for the user.
     """
     config = load_config(config_path(request), request.overrides)
-    machine = this_machine(request.device_target)
+    machine = machine_of(request)
     device_ids = devices_of(request, machine)
+    product = product_of(request, machine, device_ids)
     devices = len(device_ids) * request.nodes.nnodes
     plan, data = make_plan(config, devices, machine.device_target, request.dry_run)
     if request.resume is not None:
         plan = _resumed(plan, config, request.resume, request.accept_changes)
     plan = replace(plan, lora_start=_lora_start(config))
+    if product == "910A" and plan.precision == "fp16":
+        raise LaunchError(
+            "precision: expected fp32 on a 910A, whose numbers do not become infinite where they "
+            "overflow, found fp16; use --set precision=fp32"
+        )
     _check_output(config)
     _check_registry(config)
 
@@ -137,7 +126,8 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
     else:
         folder = request.resume
     attempt = folder.absolute() / f"attempt_{len(attempts(folder)) + 1}"
-    table = _rank_table(machine, device_ids)
+    server = own_server(request, machine, device_ids, product)
+    table = rank_table_text(request, device_ids, product, server)
     address = request.nodes.master_addr or Msrun.master_addr
     start = make_start(
         config,
@@ -157,7 +147,18 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
         ),
         worker,
     )
-    return Job(config, plan, data, machine, start, table)
+    return Job(config, plan, data, machine, start, table, server, product)
+
+
+def with_rank_table(job: Job, table: str) -> Job:
+    """The job with a table that was not known before all nodes were there."""
+    start = job.start
+    file = start.attempt / "rank_table.json"
+    run = replace(start.msrun, rank_table_file=file)
+    option = f"--rank_table_file={file}"
+    place = start.command.index(f"--master_port={run.master_port}")
+    command = (*start.command[:place], option, *start.command[place:])
+    return replace(job, start=replace(start, msrun=run, command=command), rank_table=table)
 
 
 def make_start(
@@ -372,16 +373,3 @@ def _new_folder(output: Path, name: str) -> Path:
         number += 1
         folder = output / f"{name}-{number}"
     return folder
-
-
-def _rank_table(machine: Machine, device_ids: Sequence[int]) -> str | None:
-    """The table of several NPUs whose addresses are known.
-
-    Without one, HCCL finds the topology of a single server by itself.
-    """
-    if machine.device_target != "Ascend" or len(device_ids) == 1 or not _HCCN_CONF.is_file():
-        return None
-    addresses = ranktable.device_addresses(_HCCN_CONF.read_text(encoding="utf-8"))
-    if not set(device_ids) <= set(addresses):
-        return None
-    return ranktable.dump(ranktable.rank_table(host_address(), device_ids, addresses))

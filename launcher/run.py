@@ -8,27 +8,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cluster.devices import this_machine
 from cluster.msrun import Msrun
+from cluster.ranktable import server_of
 from launcher.channel import Message
 from launcher.errors import Failure, Interrupted, LaunchError, RunFailed, Stopped
 from launcher.events import record, trained_seconds
+from launcher.hardware import machine_of, own_server, product_of, whole_table
 from launcher.job import (
     WORKER,
     Job,
-    Request,
     attempts,
     config_path,
     devices_of,
     make_start,
     meeting_port,
     prepare,
+    with_rank_table,
     write,
 )
 from launcher.lock import locked
@@ -36,6 +37,7 @@ from launcher.others import Alone, Ended, Follower, Leader, Others, hello
 from launcher.processes import end_leftovers
 from launcher.progress import Lines, shown_progress
 from launcher.publish import Result, publish, read_result
+from launcher.request import Request
 from launcher.restarts import Failed, decide
 from launcher.supervise import received_signals, saved_text, supervise
 from launcher.words import dry_run_json, dry_run_text, plan_text, result_text
@@ -92,10 +94,10 @@ def _trained(
 ) -> Job:
     """The attempt that ended well, after those that did not. Raises what `supervise` does."""
     if request.resume is None:
-        _begin(job, signals, others)
+        job = _begin(job, signals, others)
         with locked(job.folder):
             return _attempts(request, job, worker, signals, others)
-    _begin(job, signals, others)
+    job = _begin(job, signals, others)
     return _attempts(request, job, worker, signals, others)
 
 
@@ -135,13 +137,18 @@ def _attempts(
             _wait(pause, signals, job)
             job = prepare(again, datetime.now(timezone.utc), worker)
             _tell(f"{job.attempt.name} goes on from step {job.plan.start_step:,}")
-            _begin(job, signals, others)
+            job = _begin(job, signals, others)
 
 
-def _begin(job: Job, signals: Sequence[int], others: Others) -> None:
-    """Wait for the other nodes, write what the workers read, and let all nodes start."""
+def _begin(job: Job, signals: Sequence[int], others: Others) -> Job:
+    """Wait for the other nodes, write what the workers read, and let all nodes start.
+
+    The job, with the rank table of all nodes if they need one.
+    """
     if isinstance(others, Leader):
-        others.gather(_patience(job.config, signals))
+        hellos = others.gather(_patience(job.config, signals))
+        if job.rank_table is None:
+            job = _with_table(job, [hello["server"] for hello in hellos])
     write(job)
     run = job.start.msrun
     order = {
@@ -152,13 +159,24 @@ def _begin(job: Job, signals: Sequence[int], others: Others) -> None:
         "rank_table": job.rank_table is not None,
     }
     others.tell({"start": order})
+    return job
+
+
+def _with_table(job: Job, servers: Sequence[dict[str, Any] | None]) -> Job:
+    """The job with the table of all nodes' devices."""
+    table = whole_table(
+        [None if server is None else server_of(server) for server in servers], job.product
+    )
+    return job if table is None else with_rank_table(job, table)
 
 
 def _follow(request: Request, worker: str) -> None:
     """Do what node 0 decides, until it says that the run has ended."""
     config = load_config(config_path(request), request.overrides)
-    machine = this_machine(request.device_target)
+    machine = machine_of(request)
     device_ids = devices_of(request, machine)
+    product = product_of(request, machine, device_ids)
+    server = own_server(request, machine, device_ids, product)
     nodes = request.nodes
     assert nodes.master_addr is not None
     own = hello(
@@ -166,6 +184,7 @@ def _follow(request: Request, worker: str) -> None:
         nodes.nnodes,
         device_target=machine.device_target,
         device_ids=list(device_ids),
+        server=server and asdict(server),
     )
     with received_signals() as signals:
         _tell(f"node {nodes.node_rank} of {nodes.nnodes}: going to node 0 at {nodes.master_addr}")
@@ -224,6 +243,7 @@ def _others(request: Request, job: Job) -> Iterator[Others]:
         request.nodes.nnodes,
         device_target=job.machine.device_target,
         device_ids=list(job.start.device_ids),
+        server=job.server and asdict(job.server),
     )
     leader = Leader(
         run.master_addr, meeting_port(request), _key(job.config), request.nodes.nnodes, own

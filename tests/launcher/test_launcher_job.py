@@ -10,7 +10,8 @@ import pytest
 import launcher.job
 from cluster.devices import Machine
 from launcher.errors import LaunchError
-from launcher.job import Job, Request, prepare, write
+from launcher.job import Job, prepare, write
+from launcher.request import Request
 from trainer.config_file import load_config
 from trainer.dataset import read_scan
 

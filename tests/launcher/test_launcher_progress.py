@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from launcher.job import Job, Request, prepare
+from launcher.job import Job, prepare
 from launcher.progress import shown_progress
+from launcher.request import Request
 from launcher.words import clock, plan_text, seconds_left, step_text
 
 VALIDATION = {"event": "validation", "step": 0, "loss": 0.5, "quarters": [0.2, 0.4, 0.6, 0.8]}

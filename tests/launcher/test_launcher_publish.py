@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from launcher.errors import RunFailed
-from launcher.job import Job, Request, prepare, write
+from launcher.job import Job, prepare, write
 from launcher.publish import Result, publish, read_result
+from launcher.request import Request
 from launcher.words import result_text
 from registry.api import open_registry
 
