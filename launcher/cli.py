@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from launcher.doctor_command import doctor
+from launcher.rank_table import rank_table
 from launcher.submit_command import submit
 from registry.cli import OneSentenceGroup
 
@@ -35,6 +36,7 @@ def main() -> None:
 
 main.add_command(doctor)
 main.add_command(submit)
+main.add_command(rank_table)
 
 
 @main.command(hidden=True)

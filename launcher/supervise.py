@@ -42,6 +42,10 @@ def supervise(start: Start, progress: Progress, signals: Sequence[int], others: 
     try:
         _Attempt(start, processes, progress, signals, others).watch()
     except RunFailed as failed:
+        if start.node_rank == 0 and (start.attempt / "result.json").is_file():
+            # All ranks had done their work, and agreed on it.
+            progress.note(f"warning: {failed.failure.text}; this was after the end of training")
+            return
         if start.node_rank == 0:
             others.tell({"abort": True})
         else:

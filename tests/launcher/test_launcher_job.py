@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 
-import launcher.job
+import cluster.addresses
+import launcher.hardware
 from cluster.devices import Machine
+from cluster.errors import ClusterError
+from cluster.ranktable import dump, rank_table
 from launcher.errors import LaunchError
+from launcher.hardware import whole_table
 from launcher.job import Job, prepare, write
 from launcher.request import Request
+from tests.cluster.tables import GOLDEN
+from tests.cluster.tables import server as table_server
 from trainer.config_file import load_config
 from trainer.dataset import read_scan
 
@@ -53,15 +59,18 @@ def test_folder_that_cannot_be_completed_is_taken_away(job: Job) -> None:
     assert not job.folder.exists()
 
 
-def test_several_npus_get_a_rank_table(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def npus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight NPUs with addresses, as far as a file of the driver can make them."""
     conf = tmp_path / "hccn.conf"
     conf.write_text("".join(f"address_{i}=192.168.100.{i + 1}\n" for i in range(8)))
-    monkeypatch.setattr(launcher.job, "_HCCN_CONF", conf)
+    monkeypatch.setattr(cluster.addresses, "HCCN_CONF", conf)
     server = Machine("Ascend", tuple(range(8)), 64)
-    monkeypatch.setattr(launcher.job, "this_machine", lambda _: server)
+    monkeypatch.setattr(launcher.hardware, "this_machine", lambda _: server)
+    return conf
 
+
+def test_several_npus_get_a_rank_table(config: Path, npus: Path) -> None:
     job = prepare(Request(config, devices="4-7"), NOW)
     assert job.plan.device_target == "Ascend"
     assert job.start.environment["ASCEND_RT_VISIBLE_DEVICES"] == "4,5,6,7"
@@ -71,5 +80,54 @@ def test_several_npus_get_a_rank_table(
     assert [device["device_id"] for device in entry["device"]] == ["4", "5", "6", "7"]
 
     assert prepare(Request(config, devices="1"), NOW).rank_table is None
-    conf.write_text("")
+    npus.unlink()  # HCCL finds the topology of a server by itself
     assert prepare(Request(config, devices="4-7"), NOW).rank_table is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(None, devices="2-5", product="910A"), "choose 0-3 or 4-7"),
+        (Request(None, devices="3", product="910A"), "expected 1, 2, 4 or 8 devices"),
+        (Request(None, devices="4", product="910A"), "precision: expected fp32 on a 910A"),
+    ],
+)
+def test_devices_that_a_product_cannot_use(
+    config: Path, npus: Path, request_: Request, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(dataclasses.replace(request_, config=config), NOW)
+
+
+def test_table_that_somebody_else_has_written(config: Path, npus: Path) -> None:
+    path = config.parent / "hccl.json"
+    path.write_text(dump(rank_table([table_server(0, range(4))])))
+    found = prepare(Request(config, devices="4", rank_table=path), NOW)
+    assert found.rank_table == path.read_text()
+    with pytest.raises(LaunchError, match=r"expected device 4, which rank 0 opens here, found 0"):
+        prepare(Request(config, devices="4-7", rank_table=path), NOW)
+    path.write_text(path.read_text().replace('"192.168.100.2"', '"192.168.100.9"'))
+    with pytest.raises(LaunchError, match=r"the address of device 1 here, found 192\.168\.100\.9"):
+        prepare(Request(config, devices="4", rank_table=path), NOW)
+    path.write_text(path.read_text().replace('"rank_id": "3"', '"rank_id": 3'))
+    with pytest.raises(LaunchError, match=r"expected a string, found the number 3.*EI0017"):
+        prepare(Request(config, devices="4", rank_table=path), NOW)
+
+
+def test_tables_of_several_nodes() -> None:
+    servers = [table_server(0, range(8)), table_server(1, range(8))]
+    text = whole_table(servers, "A2")
+    assert text == (GOLDEN / "a2_2x8.json").read_text()
+    assert whole_table([None, None], "A2") is None
+    with pytest.raises(LaunchError, match="found none on node 1"):
+        whole_table([servers[0], None], "A2")
+    with pytest.raises(
+        ClusterError, match=r"server_id 10\.0\.0\.1: .* found it on servers 0 and 1"
+    ):
+        whole_table([servers[0], servers[0]], "A2")
+
+
+def test_dry_run_for_ascend_needs_no_npu(config: Path) -> None:
+    found = prepare(Request(config, devices="4-7", device_target="Ascend", dry_run=True), NOW)
+    assert (found.plan.device_target, found.plan.devices) == ("Ascend", 4)
+    assert found.start.environment["ASCEND_RT_VISIBLE_DEVICES"] == "4,5,6,7"
