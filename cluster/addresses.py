@@ -16,7 +16,7 @@ SECONDS = 5.0
 """How long one call of hccn_tool may take."""
 
 _LINE = re.compile(r"^\s*(IPv6)?address_(\d+)\s*=\s*(\S+)\s*$", re.MULTILINE)
-_ANSWER = re.compile(r"^\s*ip(?:addr|v6_?addr(?:ess)?)\s*:\s*(\S+)\s*$", re.MULTILINE | re.I)
+_ANSWER = re.compile(r"^\s*ip(?:v6)?[ _]?addr(?:ess)?\s*:\s*(\S+)\s*$", re.MULTILINE | re.I)
 
 
 class NoAddress(ClusterError):
