@@ -42,6 +42,18 @@ def is_loopback(server_id: str) -> bool:
         return server_id == "localhost"
 
 
+def is_private(host: str) -> bool:
+    """Do all addresses of a host, given by name or address, belong to networks of one's own?
+
+    A name that nobody knows counts as private: who cannot be reached needs no warning.
+    """
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except socket.gaierror:
+        return True
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_private for address in found)
+
+
 def _reachable(text: str) -> bool:
     try:
         address = ipaddress.ip_address(text)

@@ -23,9 +23,6 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.errors import ClusterError
 
-VARIABLE = "LORA_PS_CONTEXT"
-"""Names the file whose JSON object are the arguments of `mindspore.set_ps_context`."""
-
 _BITS = 3072
 _CIPHERS = "ECDHE-RSA-AES128-GCM-SHA256:ECDHE-RSA-AES256-GCM-SHA384:ECDHE-RSA-CHACHA20-POLY1305"
 _USES = {
@@ -37,8 +34,9 @@ _USES = {
 def make(folder: Path, now: datetime, days: int = 365) -> None:
     """Make the certificates of one run in a new folder, which only its owner can read.
 
-    The CA's private key is kept nowhere, so nobody can add a certificate later. All machines of
-    the run read the folder at the same path. Raises ClusterError if it exists or cannot be written.
+    Its ps_context.json holds the arguments of `set_ps_context`, passwords and all. The CA's private
+    key is kept nowhere, so nobody can add a certificate later. All machines of the run read the
+    folder at the same path. Raises ClusterError if it exists or cannot be written.
     """
     authority_key = rsa.generate_private_key(65537, _BITS)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "lora-launch run")])
@@ -70,11 +68,6 @@ def make(folder: Path, now: datetime, days: int = 365) -> None:
     )
     files["ps_context.json"] = _json(context)
     _write(folder, files)
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """What msrun's environment gets; it holds no secret, so it may be shown."""
-    return {VARIABLE: str(folder.absolute() / "ps_context.json")}
 
 
 def _certificate(

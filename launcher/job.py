@@ -8,11 +8,12 @@ import shlex
 import shutil
 import sys
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from cluster import msrun, ports
 from cluster.devices import Machine, parse_devices
+from cluster.errors import ClusterError
 from cluster.msrun import Msrun
 from cluster.ranktable import Server
 from launcher.errors import LaunchError
@@ -26,6 +27,8 @@ from trainer.dataset import Scan, dump_scan
 from trainer.plan import Plan, make_plan, read_plan
 
 WORKER = "trainer.worker"
+PS_CONTEXT = "LORA_PS_CONTEXT"
+"""Variable that tells the workers of their certificates; see trainer.distributed."""
 MEETING_PORT = 28118
 """Where the launchers of several nodes meet, unless --master-port says otherwise."""
 
@@ -175,15 +178,18 @@ def make_start(
     limits = config.cluster
     # A rank that waits for one that hangs must not give up before the launcher has said which.
     patience = max(limits.start_seconds, limits.step_seconds, limits.checkpoint_seconds) + 60
+    environment = msrun.environment(
+        run, machine, device_ids, interpreter, os.environ.get("PATH", ""), patience
+    )
+    if limits.tls:
+        environment[PS_CONTEXT] = str(attempt / "tls" / "ps_context.json")
     return Start(
         folder=folder,
         attempt=attempt,
         device_ids=device_ids,
         msrun=run,
         command=tuple(msrun.command(run, interpreter, worker, [str(attempt)])),
-        environment=msrun.environment(
-            run, machine, device_ids, interpreter, os.environ.get("PATH", ""), patience
-        ),
+        environment=environment,
         cluster=limits,
     )
 
@@ -234,9 +240,16 @@ def write(job: Job) -> None:
         for name, text in files.items():
             (part / name).write_text(text, encoding="utf-8")
         part.rename(job.attempt)
-    except OSError as error:
+        if job.config.cluster.tls:
+            from cluster import tls  # cryptography takes long to load
+
+            made = made if made == job.folder else job.attempt
+            tls.make(job.attempt / "tls", datetime.now(timezone.utc))
+    except (OSError, ClusterError) as error:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
+        if isinstance(error, ClusterError):
+            raise
         raise LaunchError(
             f"{job.folder}: cannot make the run's folder: {error.strerror}; check `output`, its "
             "permissions and the free space"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cluster.host import is_private
 from cluster.msrun import Msrun
 from cluster.ranktable import server_of
 from launcher.channel import Message
@@ -77,6 +79,12 @@ def _lead(request: Request, worker: str, as_json: bool) -> None:
     """Run all attempts as the machine that decides, and publish."""
     job = prepare(request, datetime.now(timezone.utc), worker)
     _tell(plan_text(job))
+    address = job.start.msrun.master_addr
+    if not (job.config.cluster.tls or is_private(address)):
+        _tell(
+            f"warning: {address} is a public address, and who reaches it can take part in the run; "
+            "use one of a private network, or --set cluster.tls=true"
+        )
     with _others(request, job) as others:
         with received_signals() as signals:
             job = _trained(request, job, worker, signals, others)
@@ -115,8 +123,11 @@ def _attempts(
     ports = 0
     while True:
         try:
-            with shown_progress(job.plan) as progress:
-                supervise(job.start, progress, signals, others)
+            try:
+                with shown_progress(job.plan) as progress:
+                    supervise(job.start, progress, signals, others)
+            finally:
+                shutil.rmtree(job.attempt / "tls", ignore_errors=True)
             return job
         except (RunFailed, Stopped) as ended:
             failure = ended.failure if isinstance(ended, RunFailed) else Failure(str(ended), 75)

@@ -280,3 +280,15 @@ def test_workers_that_somebody_else_ends_are_no_failure(
     ended = end(process, tmp_path)
     assert ended.exit_code == 75
     assert "error: a worker was asked to end; saved after step 4 of 10" in ended.err
+
+
+def test_workers_meet_over_an_encrypted_channel(
+    start: Launch, config: Path, tmp_path: Path
+) -> None:
+    process = start("succeed", "--devices", "2", "--set", "cluster.tls=true", config)
+    out, err = process.communicate(timeout=START_SECONDS)
+    assert (process.returncode, out) == (0, "tiny@1\n"), err
+    (attempt,) = tmp_path.glob("runs/*/attempt_1")
+    assert "LORA_PS_CONTEXT=" in (attempt / "environment.txt").read_text()
+    # The keys are of use to nobody once the run has ended.
+    assert not (attempt / "tls").exists()
