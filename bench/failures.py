@@ -135,9 +135,9 @@ class Started:
                 kind = "msrun"
             elif "tail" in command[0]:
                 kind = "tail"
-            if node is not None and role == "MS_WORKER":
-                if int(environment.get("RANK_ID", 0)) // 2 != node:
-                    continue
+            elsewhere = node is not None and int(environment.get("RANK_ID", 0)) // 2 != node
+            if role == "MS_WORKER" and elsewhere:
+                continue
             found.setdefault(kind, []).append(process)
         return found
 

@@ -174,7 +174,8 @@ def _pod(job: KubernetesJob, container: str, job_label: str) -> dict[str, Any]:
     }
     for number, (claim, path) in enumerate(job.volumes):
         mounts[f"volume-{number}"] = (path, {"persistentVolumeClaim": {"claimName": claim}})
-    launch = ["lora-launch", "--devices", str(job.devices_per_node)]
+    # Starting the processes again takes seconds, a pod minutes.
+    launch = ["lora-launch", "--devices", str(job.devices_per_node), "--max-restarts", "3"]
     config = f"{CONFIG_FOLDER}/config.yaml"
     npus = {NPU: job.devices_per_node}
     described: dict[str, Any] = {

@@ -172,7 +172,10 @@ def _for_slurm(request: SubmitRequest, config: RunConfig, text: str, job: str) -
         config=str(folder / f"{job}.config.yaml"),
         output=str(Path(config.output).absolute()),
         log=str(folder / f"{job}-%j.log"),
-        launch=[_lora_launch(), "--devices", str(request.devices_per_node)],
+        launch=[
+            *(_lora_launch(), "--devices", str(request.devices_per_node)),
+            *("--max-restarts", "3"),
+        ],
         partition=None if partition is None else names.checked("partition", partition),
     )
     script = request.folder / f"{job}.sbatch"

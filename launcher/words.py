@@ -60,22 +60,42 @@ def plan_text(job: Job) -> str:
             if plan.precision == "fp32"
             else f"{plan.precision}, with the LoRA and its gradients in fp32"
         ),
-        "devices": (
-            f"{job.machine.device_target} {', '.join(map(str, job.start.device_ids))}; "
-            f"port {job.start.msrun.master_port}; "
-            f"{job.start.environment['OMP_NUM_THREADS']} threads each"
-            + (
-                f"; {plan.devices} workers share {job.machine.cores} cores"
-                if job.machine.device_target == "CPU" and plan.devices > job.machine.cores
-                else ""
-            )
-        ),
+        "devices": _devices_text(job),
+        **_nodes_row(job),
         "run folder": str(job.folder),
         "published as": published if config.registry else "not published",
     }
     if plan.not_at_hand:
         rows["to start"] = f"needs {' and '.join(plan.not_at_hand)}"
     return "\n".join([f"plan of {plan.name}", *table(rows)])
+
+
+def _devices_text(job: Job) -> str:
+    start, machine = job.start, job.machine
+    product = f" ({job.product})" if job.product else ""
+    text = f"{machine.device_target}{product} {', '.join(map(str, start.device_ids))}; "
+    if start.msrun.local_worker_num == start.msrun.worker_num:
+        text += f"port {start.msrun.master_port}; "
+    text += f"{start.environment['OMP_NUM_THREADS']} threads each"
+    if start.cluster.bind_cores:
+        text += ", bound to cores of their own"
+    if start.cluster.bind_numa:
+        text += ", bound to NUMA nodes"
+    if machine.device_target == "CPU" and len(start.device_ids) > machine.cores:
+        text += f"; {len(start.device_ids)} workers share {machine.cores} cores"
+    return text
+
+
+def _nodes_row(job: Job) -> dict[str, str]:
+    run = job.start.msrun
+    nodes = run.worker_num // run.local_worker_num
+    if nodes == 1:
+        return {}
+    count = run.local_worker_num
+    return {
+        "nodes": f"{nodes}, each with {count} device{'' if count == 1 else 's'}; this is node "
+        f"{run.node_rank}; node 0 is {run.master_addr}, port {run.master_port}"
+    }
 
 
 def _images_text(job: Job) -> str:

@@ -201,7 +201,8 @@ def start(tmp_path: Path, runs: Path) -> list[str]:
 
 def test_a_pod_starts_and_a_replaced_pod_resumes(tmp_path: Path) -> None:
     runs = tmp_path / "the runs; $(touch broken)"
-    fresh = ["--devices", "8", "--set", f"output={runs}", "/job/config.yaml"]
+    options = ["--devices", "8", "--max-restarts", "3"]
+    fresh = [*options, "--set", f"output={runs}", "/job/config.yaml"]
     assert start(tmp_path, runs) == fresh
     first, second = runs / "emoji-ink-1", runs / "emoji-ink-2"
     (first / "checkpoints").mkdir(parents=True)
@@ -209,7 +210,7 @@ def test_a_pod_starts_and_a_replaced_pod_resumes(tmp_path: Path) -> None:
     (first / "checkpoints" / "step_00000100.safetensors").touch()
     (second / "checkpoints").mkdir(parents=True)
     (second / "checkpoints" / ".step_00000010.safetensors.part").touch()
-    assert start(tmp_path, runs) == ["--devices", "8", "--resume", str(first)]
+    assert start(tmp_path, runs) == [*options, "--resume", str(first)]
     assert not (tmp_path / "broken").exists()
 
 
