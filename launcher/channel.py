@@ -14,6 +14,7 @@ import queue
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -135,7 +136,8 @@ class Meeting:
         else:
             line.node_rank = hello["node_rank"]
             line.send({"welcome": True})
-            self.inbox.put((line.node_rank, {"arrived": line, "hello": hello}))
+            ahead = float(hello["clock"]) - time.time()
+            self.inbox.put((line.node_rank, {"arrived": line, "hello": hello, "ahead": ahead}))
             line.begin()
 
 
@@ -164,7 +166,8 @@ def join(
         line = Line(connection, 0, inbox)
         nonce = (line.receive() or {}).get("nonce")
         if nonce is not None:
-            line.send({"hello": hello, "proof": _proof(key, str(nonce), hello)})
+            said = {**hello, "clock": time.time()}
+            line.send({"hello": said, "proof": _proof(key, str(nonce), said)})
             answer = line.receive() or {}
             if reason := answer.get("refused"):
                 line.close()

@@ -63,6 +63,8 @@ class Leader:
         self._nnodes = nnodes
         self._hellos: dict[int, Message] = {0: own}
         self._lines: dict[int, Line] = {}
+        self.ahead: dict[int, float] = {}
+        """Seconds by which the clock of a node is ahead of this one's, as it arrived."""
         self._meeting = Meeting(address, port, key, self._objection)
 
     def gather(self, wait: Callable[[Sequence[int]], None]) -> list[Message]:
@@ -86,6 +88,7 @@ class Leader:
         elif "arrived" in message:
             self._lines[node_rank] = message["arrived"]
             self._hellos[node_rank] = message["hello"]
+            self.ahead[node_rank] = message["ahead"]
             return self.message(0.0)
         return found
 

@@ -49,6 +49,8 @@ from trainer.plan import read_plan
 
 _PORTS = 3
 """So often another port is tried when somebody takes the one that was free."""
+_CLOCK_SECONDS = 2.0
+"""By which the clocks of two nodes may differ without a word."""
 _VISIBLE_SECONDS = 60.0
 """For what node 0 has written to be seen by the others, on shared storage that is slow."""
 
@@ -158,6 +160,13 @@ def _begin(job: Job, signals: Sequence[int], others: Others) -> Job:
     """
     if isinstance(others, Leader):
         hellos = others.gather(_patience(job.config, signals))
+        while others.ahead:
+            rank, ahead = others.ahead.popitem()
+            if abs(ahead) > _CLOCK_SECONDS:
+                _tell(
+                    f"warning: the clock of node {rank} ({others.host(rank)}) is {ahead:+.1f} s "
+                    "from this machine's, and their logs do not fit together; let NTP set both"
+                )
         if job.rank_table is None:
             job = _with_table(job, [hello["server"] for hello in hellos])
     write(job)

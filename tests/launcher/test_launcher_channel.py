@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import queue
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from cluster.errors import ClusterError
 from launcher.channel import Meeting, Message, join, take
+from launcher.others import Leader
+from launcher.others import hello as hello_of
 
 KEY = b"the same config"
 SECONDS = 20.0
@@ -89,6 +93,23 @@ def test_node_0_comes_later() -> None:
     assert len(waited) == 1
     line.close()
     waited[0].close()
+
+
+def test_a_clock_that_is_wrong_is_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    leader = Leader("127.0.0.1", port, KEY, 2, hello_of(0, 2, device_target="CPU", device_ids=[0]))
+    said = hello_of(1, 2, device_target="CPU", device_ids=[0])
+    said |= {"host": "another", "clock": time.time() - 3600}
+    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as node:
+        lines = node.makefile("rb")
+        text = json.dumps([json.loads(lines.readline())["nonce"], said], sort_keys=True)
+        proof = hmac.new(KEY, text.encode(), "sha256").hexdigest()
+        node.sendall(json.dumps({"hello": said, "proof": proof}).encode() + b"\n")
+        assert json.loads(lines.readline()) == {"welcome": True}
+        assert len(leader.gather(lambda _: None)) == 2
+        assert leader.ahead == {1: pytest.approx(-3600, abs=SECONDS)}
+    leader.close()
 
 
 def test_addresses_where_nobody_can_meet(meeting: Meeting) -> None:

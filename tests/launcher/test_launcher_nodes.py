@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,39 +13,13 @@ import pytest
 
 from registry.api import open_registry
 from tests.launcher.launching import END_SECONDS, START_SECONDS, Launch, of_run, training, until
-
-ADDRESSES = ("10.99.0.1", "10.99.0.2")
-
-
-def run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+from tests.launcher.namespaces import ADDRESSES, two_namespaces, within
 
 
 @pytest.fixture(scope="module")
 def spaces() -> Iterator[tuple[str, str]]:
-    """Two network namespaces that reach each other."""
-    if os.geteuid() or not shutil.which("ip") or not shutil.which("unshare"):
-        pytest.skip("namespaces need root, ip (iproute2) and unshare (util-linux)")
-    names = f"lora{os.getpid()}a", f"lora{os.getpid()}b"
-    links = f"l{os.getpid()}a", f"l{os.getpid()}b"
-    try:
-        for name in names:
-            run("ip", "netns", "add", name)
-        run("ip", "link", "add", links[0], "type", "veth", "peer", "name", links[1])
-        for name, link, address in zip(names, links, ADDRESSES, strict=True):
-            run("ip", "link", "set", link, "netns", name)
-            run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", link)
-            run("ip", "-n", name, "link", "set", link, "up")
-            run("ip", "-n", name, "link", "set", "lo", "up")
-            run("ip", "netns", "exec", name, "unshare", "-u", "hostname", "test")
+    with two_namespaces() as names:
         yield names
-    except OSError as error:
-        pytest.skip(f"the kernel refuses network namespaces here: {error}")
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 @dataclass
@@ -62,24 +33,11 @@ class Pair:
     def node(
         self, rank: int, behaviour: str, *options: object, host: str = "", failing: int = 3
     ) -> psutil.Popen:
-        script = f'hostname {host or f"node{rank}"} && exec "$@"'
-        within = [
-            "ip",
-            "netns",
-            "exec",
-            self.spaces[rank],
-            "unshare",
-            "-u",
-            "sh",
-            "-c",
-            script,
-            "-",
-        ]
         return self.start(
             behaviour,
             *("--devices", "2", "--nnodes", "2", "--node-rank", rank),
             *("--master-addr", ADDRESSES[0], *options, self.config),
-            within=within,
+            within=within(self.spaces[rank], host or f"node{rank}"),
             failing=failing,
         )
 
