@@ -73,7 +73,10 @@ EVENTS = [
 class Started:
     """What was started on one node or two, by bare msrun or by lora-launch."""
 
-    def __init__(self, bare: bool, event: Event, folder: Path, spaces: Sequence[str]):
+    def __init__(
+        self, bare: bool, event: Event, folder: Path, spaces: Sequence[str] = (), workers: int = 2
+    ):
+        """`workers` are those of each node."""
         self.folder = folder
         ready = folder / "ready"
         ready.mkdir(parents=True)
@@ -92,15 +95,17 @@ class Started:
         for node in range(event.nodes):
             if bare:
                 command = [
-                    *(sys.executable, "-m", MSRUN, f"--worker_num={2 * event.nodes}"),
-                    *("--local_worker_num=2", f"--master_addr={address}", f"--master_port={port}"),
+                    *(sys.executable, "-m", MSRUN, f"--worker_num={workers * event.nodes}"),
+                    f"--local_worker_num={workers}",
+                    *(f"--master_addr={address}", f"--master_port={port}"),
                     *(f"--node_rank={node}", f"--log_dir={folder / f'logs{node}'}", "--join=True"),
                     *("--cluster_time_out=40", "python", "-m", "looping_worker", "bare"),
                     str(folder),
                 ]
             else:
                 command = [
-                    *(sys.executable, "-c", LAUNCH, "--devices", "2", "--set", f"output={folder}"),
+                    *(sys.executable, "-c", LAUNCH, "--devices", str(workers)),
+                    *("--set", f"output={folder}"),
                     *("--set", f"cache={folder}/cache", "--set", "registry=null"),
                     *("--set", "cluster.step_seconds=10", "--set", "cluster.grace_seconds=5"),
                 ]
