@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from registry.cache import Cache
 from registry.chunks import CHUNK_BYTES, Chunk, chunks_of, missing
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from registry.manifest import FileEntry
 
+T = TypeVar("T")
 _ABSENT = ("NoSuchKey", "404", "NotFound")
 
 
@@ -147,3 +148,138 @@ class S3Store:
             ContentMD5=content_md5(data),
             **conditions,  # type: ignore[arg-type]
         )
+
+    def _put_parts(self, key: str, source: Path, entry: FileEntry, progress: Progress) -> None:
+        """In parts, several at once; an upload that was cut off goes on with those it lacks."""
+        record = self.cache.upload_record(f"{self.place.words}/{key}")
+        upload_id, stored = self._begun(key, record)
+        wanted = list(chunks_of(entry.size))
+
+        def send(chunk: Chunk) -> tuple[int, str]:
+            data = _read_chunk(source, chunk)
+            if hashlib.sha256(data).hexdigest() != entry.chunks[chunk.number]:
+                raise _changed(source)
+            number = chunk.number + 1
+            etag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+            if stored.get(number) != etag:
+                etag = self._client.upload_part(
+                    Bucket=self.place.bucket,
+                    Key=self._key(key),
+                    UploadId=upload_id,
+                    PartNumber=number,
+                    Body=data,
+                    ContentMD5=content_md5(data),
+                )["ETag"]
+            progress(chunk.size)
+            return number, etag
+
+        with os_errors(f"read {source}"):
+            parts = _all_at_once(send, wanted)
+        self._client.complete_multipart_upload(
+            Bucket=self.place.bucket,
+            Key=self._key(key),
+            UploadId=upload_id,
+            MultipartUpload={"Parts": [{"PartNumber": n, "ETag": etag} for n, etag in parts]},
+        )
+        record.unlink(missing_ok=True)
+
+    def _begun(self, key: str, record: Path) -> tuple[str, dict[int, str]]:
+        """An upload to go on with and the ETags of its parts, or a new one."""
+        from botocore.exceptions import ClientError
+
+        where = {"Bucket": self.place.bucket, "Key": self._key(key)}
+        with contextlib.suppress(FileNotFoundError, ValueError, ClientError):
+            upload_id = str(json.loads(record.read_text(encoding="utf-8")))
+            pages = self._client.get_paginator("list_parts").paginate(UploadId=upload_id, **where)
+            parts = [part for page in pages for part in page.get("Parts", ())]
+            return upload_id, {part["PartNumber"]: part["ETag"] for part in parts}
+        upload_id = self._client.create_multipart_upload(**where)["UploadId"]
+        record.write_text(json.dumps(upload_id), encoding="utf-8")
+        return upload_id, {}
+
+    def _fetch(self, key: str, entry: FileEntry, path: Path, progress: Progress) -> bool:
+        """Fill a file with a blob, in ranges, several at once; False if there is no such blob.
+
+        Each range is compared with its digest, so what an earlier try has fetched is kept.
+        """
+        from botocore.exceptions import ClientError
+
+        digests = entry.chunks or (entry.sha256,)
+        with os_errors(f"write to the cache {self.cache.folder}"):
+            lacking = missing(path, entry.size, digests)
+            progress(entry.size - sum(chunk.size for chunk in lacking))
+            with path.open("r+b" if path.exists() else "w+b") as file:
+                file.truncate(entry.size)
+
+                def receive(chunk: Chunk) -> None:
+                    for attempt in (1, 2):
+                        data = self._range(key, chunk)
+                        if hashlib.sha256(data).hexdigest() == digests[chunk.number]:
+                            break
+                        if attempt == 2:
+                            raise RegistryError(
+                                f"{entry.path}: what {self.place.words} gives for {key} is not what "
+                                f"was pushed (bytes {chunk.start} to {chunk.start + chunk.size}); "
+                                "push the same file again to repair it"
+                            )
+                    os.pwrite(file.fileno(), data, chunk.start)
+                    progress(chunk.size)
+
+                try:
+                    with self._errors("read objects"):
+                        _all_at_once(receive, lacking)
+                except RegistryError as error:
+                    cause = error.__cause__
+                    if isinstance(cause, ClientError) and code_of(cause) in _ABSENT:
+                        return False
+                    raise
+                os.fsync(file.fileno())
+        return True
+
+    def _range(self, key: str, chunk: Chunk) -> bytes:
+        answer = self._client.get_object(
+            Bucket=self.place.bucket,
+            Key=self._key(key),
+            Range=f"bytes={chunk.start}-{chunk.start + chunk.size - 1}",
+        )
+        with contextlib.closing(answer["Body"]) as body:
+            return body.read()
+
+    def _size(self, key: str) -> int | None:
+        from botocore.exceptions import ClientError
+
+        try:
+            found = self._client.head_object(Bucket=self.place.bucket, Key=self._key(key))
+        except ClientError as error:
+            if status_of(error) == 404:
+                return None
+            raise
+        return found["ContentLength"]
+
+    def _key(self, key: str) -> str:
+        return f"{self.place.prefix}{key}"
+
+    def _errors(self, action: str) -> contextlib.AbstractContextManager[None]:
+        return s3_errors(self._client, self.place, action)
+
+
+def _all_at_once(work: Callable[[Chunk], T], chunks: list[Chunk]) -> list[T]:
+    """`work` on each chunk, a few at a time; the first error ends it."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(work, chunk) for chunk in chunks]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _read_chunk(source: Path, chunk: Chunk) -> bytes:
+    with source.open("rb") as file:
+        file.seek(chunk.start)
+        return file.read(chunk.size)
+
+
+def _changed(source: Path) -> RegistryError:
+    return RegistryError(f"{source} changed while it was pushed; push it again")
