@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from registry.errors import RegistryError, os_errors
+from registry.files import written_beside
 
 _FOLDER = "LORA_REGISTRY_CACHE"
 _LIMIT = "LORA_REGISTRY_CACHE_GB"
 _DEFAULT_GB = 20.0
+_BLOCK = 1 << 20
 
 
 class Cache:
@@ -64,6 +66,11 @@ class Cache:
         """Where an object that never changes is kept."""
         return self.folder / "documents" / hashlib.sha256(place.encode()).hexdigest()[:16] / key
 
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a small file of the cache, whole or not at all. Raises OSError."""
+        with written_beside(path, lambda file: file.write(data)) as temporary:
+            os.replace(temporary, path)
+
     def upload_record(self, name: str) -> Path:
         """Where an upload that has begun is noted."""
         folder = self.folder / "uploads"
@@ -101,5 +108,8 @@ def default_cache(offline: bool = False) -> Cache:
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(file)
+        while data := file.read(_BLOCK):
+            digest.update(data)
+    return digest.hexdigest()

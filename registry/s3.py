@@ -41,6 +41,7 @@ class S3Store:
         self.place = place
         self.cache = cache
         self._client = client or make_client(place)
+        self._variants: dict[str, S3Client] = {}
         self._create: Callable[[str, bytes], bool] | None = None
 
     @property
@@ -50,7 +51,7 @@ class S3Store:
     def names(self, prefix: str) -> list[str]:
         folder = self._key(prefix.strip("/") + "/" if prefix else "")
         found = []
-        with self._errors("list the bucket"):
+        with self.errors("list the bucket"):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.place.bucket, Prefix=folder, Delimiter="/"
             )
@@ -61,7 +62,7 @@ class S3Store:
         return sorted(name for name in found if name)
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        with self._errors("list the bucket"):
+        with self.errors("list the bucket"):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.place.bucket, Prefix=self._key(prefix)
             )
@@ -73,7 +74,7 @@ class S3Store:
     def read(self, key: str) -> bytes | None:
         from botocore.exceptions import ClientError
 
-        with self._errors("read objects"):
+        with self.errors("read objects"):
             try:
                 answer = self._client.get_object(Bucket=self.place.bucket, Key=self._key(key))
             except ClientError as error:
@@ -93,8 +94,8 @@ class S3Store:
     def put_blob(
         self, key: str, source: Path, entry: FileEntry, progress: Progress = silent
     ) -> None:
-        with self._errors("write objects"):
-            if self._size(key) == entry.size:
+        with self.errors("write objects"):
+            if self.size(key) == entry.size:
                 progress(entry.size)
                 return
             if entry.size <= CHUNK_BYTES:
@@ -106,7 +107,7 @@ class S3Store:
                 progress(entry.size)
             else:
                 self._put_parts(key, source, entry, progress)
-            stored = self._size(key)
+            stored = self.size(key)
         if stored != entry.size:
             raise RegistryError(
                 f"{self.place.words}: {key} has {stored} bytes after {entry.size} were sent, so the "
@@ -129,11 +130,11 @@ class S3Store:
         return self.cache.blob(entry.sha256)
 
     def delete(self, key: str) -> None:
-        with self._errors("delete objects"):
+        with self.errors("delete objects"):
             self._client.delete_object(Bucket=self.place.bucket, Key=self._key(key))
 
     def now(self) -> datetime:
-        with self._errors("list the bucket"):
+        with self.errors("list the bucket"):
             answer = self._client.list_objects_v2(
                 Bucket=self.place.bucket, Prefix=self._key("registry.json"), MaxKeys=1
             )
@@ -148,6 +149,29 @@ class S3Store:
             ContentMD5=content_md5(data),
             **conditions,  # type: ignore[arg-type]
         )
+
+    def put_with_header(self, key: str, data: bytes, header: str) -> None:
+        """The same with the header set to true, and signed. Raises botocore's errors."""
+        self._variant(header).put_object(
+            Bucket=self.place.bucket, Key=self._key(key), Body=data, ContentMD5=content_md5(data)
+        )
+
+    def put_once(self, key: str, data: bytes, **conditions: str) -> None:
+        """The same as `put`, tried once, so that it does not happen later. Raises botocore's
+        errors."""
+        self._variant("").put_object(
+            Bucket=self.place.bucket,
+            Key=self._key(key),
+            Body=data,
+            ContentMD5=content_md5(data),
+            **conditions,  # type: ignore[arg-type]
+        )
+
+    def _variant(self, header: str) -> S3Client:
+        """A client that does not try again, or one that sends a header with each PUT."""
+        if header not in self._variants:
+            self._variants[header] = make_client(self.place, header)
+        return self._variants[header]
 
     def _put_parts(self, key: str, source: Path, entry: FileEntry, progress: Progress) -> None:
         """In parts, several at once; an upload that was cut off goes on with those it lacks."""
@@ -226,7 +250,7 @@ class S3Store:
                     progress(chunk.size)
 
                 try:
-                    with self._errors("read objects"):
+                    with self.errors("read objects"):
                         _all_at_once(receive, lacking)
                 except RegistryError as error:
                     cause = error.__cause__
@@ -245,21 +269,23 @@ class S3Store:
         with contextlib.closing(answer["Body"]) as body:
             return body.read()
 
-    def _size(self, key: str) -> int | None:
+    def size(self, key: str) -> int | None:
+        """Bytes of an object, None if it is not there."""
         from botocore.exceptions import ClientError
 
-        try:
-            found = self._client.head_object(Bucket=self.place.bucket, Key=self._key(key))
-        except ClientError as error:
-            if status_of(error) == 404:
-                return None
-            raise
+        with self.errors("read objects"):
+            try:
+                found = self._client.head_object(Bucket=self.place.bucket, Key=self._key(key))
+            except ClientError as error:
+                if status_of(error) == 404:
+                    return None
+                raise
         return found["ContentLength"]
 
     def _key(self, key: str) -> str:
         return f"{self.place.prefix}{key}"
 
-    def _errors(self, action: str) -> contextlib.AbstractContextManager[None]:
+    def errors(self, action: str) -> contextlib.AbstractContextManager[None]:
         return s3_errors(self._client, self.place, action)
 
 

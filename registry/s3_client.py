@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -64,33 +62,34 @@ def parse_place(location: str, endpoint_url: str | None) -> Place:
     return Place(parts.netloc, f"{prefix}/" if prefix else "", endpoint_url)
 
 
-def make_client(place: Place) -> S3Client:
+def make_client(place: Place, variant: str | None = None) -> S3Client:
     """A client with AWS's own chain of credentials, profiles and regions.
 
     boto3's default checksums fail or store damaged data on several servers over TLS, so they are
-    sent only where a server demands them. Raises RegistryError if the settings are unusable.
+    sent only where a server demands them. With "" as the variant it does not try again; with a
+    header's name it sends that header, as true, with each PUT. Raises RegistryError if the settings
+    are unusable.
     """
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
+    settings: dict[str, Any] = dict(
+        signature_version="s3v4",
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        retries={"mode": "standard", "total_max_attempts": 1 if variant == "" else 8},
+        connect_timeout=10,
+        read_timeout=10 if variant == "" else 60,
+        max_pool_connections=4 * THREADS,
+    )
+    if place.endpoint_url:
+        host = urlsplit(place.endpoint_url).hostname or ""
+        style = "virtual" if host.endswith(_VIRTUAL_HOSTS) else "path"
+        settings["s3"] = {"addressing_style": style}
     try:
         session = boto3.Session()
-        settings: dict[str, Any] = dict(
-            signature_version="s3v4",
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"mode": "standard", "total_max_attempts": 8},
-            connect_timeout=10,
-            read_timeout=60,
-            max_pool_connections=4 * THREADS,
-        )
-        configured = (session._session.get_scoped_config().get("s3") or {}) if _profile(session) else {}
-        if "addressing_style" not in configured and place.endpoint_url:
-            host = urlsplit(place.endpoint_url).hostname or ""
-            style = "virtual" if host.endswith(_VIRTUAL_HOSTS) else "path"
-            settings["s3"] = {"addressing_style": style}
-        return session.client(
+        client: S3Client = session.client(
             "s3",
             endpoint_url=place.endpoint_url,
             region_name=session.region_name or "us-east-1",
@@ -98,9 +97,16 @@ def make_client(place: Place) -> S3Client:
         )
     except (BotoCoreError, ValueError) as error:
         raise RegistryError(
-            f"{place.words}: the S3 settings are unusable ({error}); see ~/.aws/config, AWS_* in the "
-            "environment and --endpoint-url"
+            f"{place.words}: the S3 settings are unusable ({error}); see ~/.aws/config, AWS_* in "
+            "the environment and --endpoint-url"
         ) from error
+    if variant:
+
+        def add(request: Any, **_: Any) -> None:
+            request.headers[variant] = "true"
+
+        client.meta.events.register("before-sign.s3.PutObject", add)
+    return client
 
 
 def content_md5(data: bytes) -> str:
