@@ -182,7 +182,13 @@ def _this(devices: str | None, product: str | None, server_id: str | None) -> Se
     from cluster.devices import parse_devices, this_machine
     from cluster.server import this_server
 
-    ids = parse_devices(devices, this_machine("Ascend"))
+    machine = this_machine()
+    if machine.device_target != "Ascend":
+        raise ClusterError(
+            "expected /dev/davinci0 and so on, found no NPU that is visible; check the driver, or "
+            "describe the servers in a file and name it with --hosts"
+        )
+    ids = parse_devices(devices, machine)
     return this_server(ids, product, server_id)
 
 

@@ -76,7 +76,8 @@ def _devices_text(job: Job) -> str:
     text = f"{machine.device_target}{product} {', '.join(map(str, start.device_ids))}; "
     if start.msrun.local_worker_num == start.msrun.worker_num:
         text += f"port {start.msrun.master_port}; "
-    text += f"{start.environment['OMP_NUM_THREADS']} threads each"
+    threads = start.environment["OMP_NUM_THREADS"]
+    text += f"{threads} thread{'' if threads == '1' else 's'} each"
     if start.cluster.bind_cores:
         text += ", bound to cores of their own"
     if start.cluster.bind_numa:
