@@ -2,9 +2,11 @@
 
 Layout of a registry::
 
-    registry.json                           format version
-    blobs/sha256/ab/<digest>                files, shared by all versions with the same bytes
-    models/<name>/versions/00000001.json    manifest: the version exists once this can be read
+    registry.json                                   format version
+    blobs/sha256/ab/<digest>                        files, shared by versions with the same bytes
+    models/<name>/versions/00000001.json            manifest: with it, the version exists
+    models/<name>/states/00000001/00000001.json     log of a version: yanked, removed
+    models/<name>/aliases/<alias>/00000001.json     log of an alias
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
+from registry import chunks, logs
 from registry.errors import RegistryError, os_errors
 from registry.files import copy_hashing, written_beside
+from registry.logs import LogEntry
 from registry.manifest import FileEntry, Manifest, problems
-from registry.references import check_name, parse_reference
-from registry.store import FolderStore, Store
+from registry.references import check_alias, check_name, parse_reference
+from registry.store import FolderStore, Progress, Store, silent
 
 __all__ = ["FileEntry", "Manifest", "Registry", "RegistryError", "open_registry"]
 
@@ -33,15 +37,30 @@ _FORMAT_VERSION = 1
 _MAX_ATTEMPTS = 1000
 
 
-def open_registry(location: str) -> Registry:
-    """The registry in the folder ``location``; the first push creates it.
+def open_registry(
+    location: str, *, endpoint_url: str | None = None, offline: bool = False
+) -> Registry:
+    """The registry in the folder, or at the `s3://bucket/prefix`, ``location``.
 
-    Raises ``RegistryError`` if ``location`` is empty or a URL.
+    The first push creates it. ``endpoint_url`` is that of an S3 server which is not AWS's; without
+    it boto3's own settings count (AWS_ENDPOINT_URL_S3, ~/.aws/config). ``offline`` reads what the
+    cache has and asks no server.
+
+    Raises ``RegistryError`` if ``location`` is empty or neither of them.
     """
     if not location:
         raise RegistryError("no registry is named; name its folder, such as ./loras")
+    if "://" in location and not location.startswith("s3://"):
+        raise RegistryError(
+            f"a registry is a folder or s3://BUCKET/PREFIX, and {location} is another URL; an S3 "
+            "server is named with --endpoint-url"
+        )
     if "://" in location:
-        raise RegistryError(f"a registry is a folder, and {location} is a URL; name a folder")
+        from registry.cache import default_cache
+        from registry.s3 import S3Store
+        from registry.s3_client import parse_place
+
+        return Registry(S3Store(parse_place(location, endpoint_url), default_cache(offline)))
     return Registry(FolderStore(Path(location).expanduser()))
 
 
@@ -49,12 +68,14 @@ class Registry:
     """Versions of LoRAs in a store. All methods raise ``RegistryError`` if the store fails."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self.store = store
+        self._known = False
+        """Has registry.json been seen to be right?"""
 
     @property
     def location(self) -> str:
         """How the user names the registry."""
-        return self._store.location
+        return self.store.location
 
     def names(self) -> list[str]:
         """The models that have a version, sorted.
@@ -62,7 +83,7 @@ class Registry:
         Raises ``RegistryError`` if there is no registry or its format is unknown.
         """
         self._require()
-        return [name for name in self._store.names("models") if self._version_numbers(name)]
+        return [name for name in self.store.names("models") if self._version_numbers(name)]
 
     def versions(self, name: str) -> list[int]:
         """The versions of ``name``, oldest first.
@@ -87,29 +108,47 @@ class Registry:
         return numbers
 
     def resolve(self, reference: str) -> Manifest:
-        """The manifest of ``name@version``, or of the newest version of ``name``.
+        """The manifest of ``name@version``, ``name@alias`` or ``name@sha256:…``, or of the newest
+        version of ``name`` that is not yanked.
 
-        Raises ``RegistryError`` if the reference is malformed, the name or version unknown, or
-        the manifest not readable.
+        Raises ``RegistryError`` if the reference is malformed, the name, version, alias or digest
+        unknown, or the manifest not readable.
         """
-        name, version = parse_reference(reference)
-        numbers = self.versions(name)
-        if version is None:
-            version = numbers[-1]
-        elif version not in numbers:
+        wanted = parse_reference(reference)
+        name, numbers = wanted.name, self.versions(wanted.name)
+        if wanted.sha256 is not None:
+            return self._by_digest(name, numbers, wanted.sha256)
+        version = wanted.version
+        if wanted.alias is not None:
+            version = self._aliased(name, wanted.alias)
+        elif version is None:
+            yanked = self.yanked(name)
+            version = next((n for n in reversed(numbers) if n not in yanked), None)
+            if version is None:
+                raise RegistryError(
+                    f"every version of {name} is yanked; name one, such as {name}@{numbers[-1]}"
+                )
+        if version not in numbers:
             existing = ", ".join(map(str, numbers))
             raise RegistryError(
                 f"{name} has no version {version}; the registry {self.location} has {existing}"
             )
         return self._read_manifest(name, version)
 
+    def yanked(self, name: str) -> dict[int, str]:
+        """The versions of a model that should not be used, with the reasons."""
+        found = {version: entry for version, entry in self._states(name).items() if entry}
+        return {v: entry.reason for v, entry in found.items() if entry.action == "yank"}
+
     def push(
         self,
         name: str,
         file: str | os.PathLike[str],
         *,
-        metrics: Mapping[str, float] = {},
+        metrics: Mapping[str, Any] = {},
         metadata: Mapping[str, Any] = {},
+        evaluation: Mapping[str, Any] = {},
+        progress: Progress = silent,
     ) -> Manifest:
         """Publish ``file`` as the next version of ``name`` and return its manifest.
 
@@ -118,18 +157,20 @@ class Registry:
 
         Raises ``RegistryError``, with nothing written, if the name is malformed, the file is
         missing, empty or a damaged safetensors file, a metric is not a finite number, or the
-        metadata is not JSON.
+        metadata is not JSON. A metric is a number, or a mapping with value, lower and upper.
         """
         check_name(name)
-        draft = _draft(name, Path(file), metrics, metadata)
+        draft = _draft(name, Path(file), metrics, metadata, evaluation)
         self._create()
         entry = draft.files[0]
-        self._store.put_blob(_blob_key(entry), Path(file), entry.sha256)
+        self.store.put_blob(blob_key(entry), Path(file), entry, progress)
         for _ in range(_MAX_ATTEMPTS):
-            version = max(self._version_numbers(name), default=0) + 1
+            version = max((*self._version_numbers(name), *self._numbered_states(name)), default=0)
+            version += 1
             manifest = draft.model_copy(update={"version": version})
             document = manifest.model_dump_json(indent=2).encode()
-            if self._store.put_if_absent(_manifest_key(name, version), document):
+            if self.store.put_if_absent(manifest_key(name, version), document):
+                self._check_stored(manifest)
                 return manifest
             # A store that lost the reply to a successful write and wrote again finds its own.
             if self._read_manifest(name, version).push_id == manifest.push_id:
@@ -139,25 +180,34 @@ class Registry:
             f"check that the registry {self.location} lists what it stores"
         )
 
-    def fetch(self, reference: str) -> tuple[Path, Manifest]:
+    def fetch(
+        self, reference: str, *, yanked: bool = False, progress: Progress = silent
+    ) -> tuple[Path, Manifest]:
         """A verified local file with the LoRA, to read only, and its manifest.
 
         The file is named by its digest, without a suffix; ``manifest.files[0].path`` has one.
 
         Raises ``RegistryError`` as :meth:`resolve` does, or if the stored file is missing or
-        differs from its digest.
+        differs from its digest, or if the version is yanked and ``yanked`` is not set.
         """
         from weights.files import sha256
 
         manifest = self.resolve(reference)
+        self._check_state(manifest, yanked)
         entry = manifest.files[0]
-        path = self._blob_path(manifest, entry)
+        path = self._blob_path(manifest, entry, progress)
         with os_errors(f"read the registry {self.location}"):
             self._check_digest(manifest, entry, sha256(path))
         return path, manifest
 
     def pull(
-        self, reference: str, out_dir: str | os.PathLike[str], overwrite: bool = False
+        self,
+        reference: str,
+        out_dir: str | os.PathLike[str],
+        overwrite: bool = False,
+        *,
+        yanked: bool = False,
+        progress: Progress = silent,
     ) -> Path:
         """Copy the LoRA into ``out_dir``, made if need be, and return its path there.
 
@@ -169,9 +219,10 @@ class Registry:
         from weights.files import sha256
 
         manifest = self.resolve(reference)
+        self._check_state(manifest, yanked)
         entry = manifest.files[0]
         destination = Path(out_dir) / entry.path
-        source = self._blob_path(manifest, entry)
+        source = self._blob_path(manifest, entry, progress)
 
         def write(target: BinaryIO) -> None:
             self._check_digest(manifest, entry, copy_hashing(source, target))
@@ -202,8 +253,8 @@ class Registry:
     def _exists(self) -> bool:
         # Everything else is written after registry.json, so whoever sees other names first and
         # then no registry.json is not looking at a registry being created.
-        others = self._store.names("")
-        exists = self._store.read("registry.json") is not None
+        others = self.store.names("")
+        exists = self.store.read("registry.json") is not None
         if others and not exists:
             raise RegistryError(
                 f"{self.location} is not empty and has no registry.json, so it is not a "
@@ -214,11 +265,13 @@ class Registry:
     def _create(self) -> None:
         if not self._exists():
             document = json.dumps({"format_version": _FORMAT_VERSION}).encode()
-            self._store.put_if_absent("registry.json", document)
+            self.store.put_if_absent("registry.json", document)
         self._require()
 
     def _require(self) -> None:
-        document = self._store.read("registry.json")
+        if self._known:
+            return
+        document = self.store.read("registry.json")
         if document is None:
             raise RegistryError(
                 f"there is no registry at {self.location}; "
@@ -236,14 +289,65 @@ class Registry:
                 f"the registry {self.location} has format version {found}, this program knows "
                 f"{_FORMAT_VERSION}; use the lora-registry that wrote it, or a newer one"
             )
+        self._known = True
 
     def _version_numbers(self, name: str) -> list[int]:
-        found = self._store.names(f"models/{name}/versions")
-        return sorted(int(file[:8]) for file in found if re.fullmatch(r"[0-9]{8}\.json", file))
+        found = self.store.names(f"models/{name}/versions")
+        numbers = {int(file[:8]) for file in found if re.fullmatch(r"[0-9]{8}\.json", file)}
+        states = self._states(name) if numbers else {}
+        removed = {v for v, entry in states.items() if entry and entry.action == "remove"}
+        return sorted(numbers - removed)
+
+    def _numbered_states(self, name: str) -> list[int]:
+        """The versions that have a state, also if they are removed: no number is given twice."""
+        found = self.store.names(f"models/{name}/states")
+        return [int(folder) for folder in found if re.fullmatch(r"[0-9]{8}", folder)]
+
+    def _states(self, name: str) -> dict[int, LogEntry | None]:
+        numbers = self._numbered_states(name)
+        return {number: logs.last(self.store, state_folder(name, number)) for number in numbers}
+
+    def _check_state(self, manifest: Manifest, yanked: bool) -> None:
+        reason = None if yanked else self.yanked(manifest.name).get(manifest.version)
+        if reason is not None:
+            raise RegistryError(
+                f"{manifest.reference} is yanked: {reason}; use another version, or --force"
+            )
+
+    def _aliased(self, name: str, alias: str) -> int:
+        check_alias(alias)
+        entry = logs.last(self.store, alias_folder(name, alias))
+        if entry is None or entry.version is None:
+            known = ", ".join(self.store.names(f"models/{name}/aliases")) or "none"
+            raise RegistryError(
+                f"{name} has no alias {alias!r}; it has {known}; see lora-registry alias list"
+            )
+        return entry.version
+
+    def _by_digest(self, name: str, numbers: list[int], sha256: str) -> Manifest:
+        manifests = [self._read_manifest(name, number) for number in numbers]
+        found = [m for m in manifests if m.files[0].sha256.startswith(sha256)]
+        if not found:
+            raise RegistryError(
+                f"no version of {name} has a file whose sha256 begins with {sha256}; see "
+                "lora-registry show"
+            )
+        if len({manifest.files[0].sha256 for manifest in found}) > 1:
+            references = ", ".join(manifest.reference for manifest in found)
+            raise RegistryError(f"sha256 {sha256} stands for {references}; write more digits")
+        return found[-1]
+
+    def _check_stored(self, manifest: Manifest) -> None:
+        """What was written can be read, and is that."""
+        if self._read_manifest(manifest.name, manifest.version) != manifest:
+            raise RegistryError(
+                f"{manifest.reference}: the registry {self.location} gives another manifest than "
+                "was written; it cannot be trusted"
+            )
 
     def _read_manifest(self, name: str, version: int) -> Manifest:
-        key = _manifest_key(name, version)
-        document = self._store.read(key)
+        key = manifest_key(name, version)
+        document = self.store.read(key)
         if document is None:
             raise RegistryError(f"{key} vanished from the registry {self.location}; try again")
         try:
@@ -260,11 +364,11 @@ class Registry:
             )
         return manifest
 
-    def _blob_path(self, manifest: Manifest, entry: FileEntry) -> Path:
-        path = self._store.local_path(_blob_key(entry))
+    def _blob_path(self, manifest: Manifest, entry: FileEntry, progress: Progress = silent) -> Path:
+        path = self.store.blob_file(blob_key(entry), entry, progress)
         if path is None:
             raise RegistryError(
-                f"{_blob_key(entry)}, the file of {manifest.reference}, is missing from the "
+                f"{blob_key(entry)}, the file of {manifest.reference}, is missing from the "
                 f"registry {self.location}; push the same file again to restore it"
             )
         return path
@@ -279,10 +383,14 @@ class Registry:
 
 
 def _draft(
-    name: str, file: Path, metrics: Mapping[str, float], metadata: Mapping[str, Any]
+    name: str,
+    file: Path,
+    metrics: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
 ) -> Manifest:
     """The manifest of a push before it has its version, from a file found fit to publish."""
-    from weights.files import WeightsError, sha256
+    from weights.files import WeightsError
     from weights.files import metadata as read_header
 
     if not file.is_file():
@@ -296,16 +404,27 @@ def _draft(
                 read_header(file)
             except WeightsError as error:
                 raise RegistryError(str(error)) from error
-        digest = sha256(file)
+        digest, parts = chunks.digests(file)
+    values, intervals = _scores(metrics)
     try:
         return Manifest(
             name=name,
             version=1,
             created=datetime.now(timezone.utc).replace(microsecond=0),
             push_id=uuid.uuid4().hex,
-            files=(FileEntry(path=name + file.suffix, sha256=digest, size=size),),
-            metrics=dict(metrics),
+            files=(
+                FileEntry(
+                    path=name + file.suffix,
+                    sha256=digest,
+                    size=size,
+                    chunks=parts if len(parts) > 1 else (),
+                ),
+            ),
+            metrics=dict(values),
+            intervals=intervals,
+            evaluation=dict(evaluation),
             metadata=dict(metadata),
+            pushed_by=logs.who(),
         )
     except ValidationError as error:
         raise RegistryError(
@@ -313,9 +432,32 @@ def _draft(
         ) from error
 
 
-def _blob_key(entry: FileEntry) -> str:
+def _scores(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values and intervals of metrics given as numbers or as value, lower and upper."""
+    values, intervals = {}, {}
+    for key, given in metrics.items():
+        values[key] = given
+        if isinstance(given, Mapping) and set(given) == {"value", "lower", "upper"}:
+            values[key] = given["value"]
+            intervals[key] = (given["lower"], given["upper"])
+    return values, intervals
+
+
+def state_folder(name: str, version: int) -> str:
+    """Where the log of a version is."""
+    return f"models/{name}/states/{version:08d}"
+
+
+def alias_folder(name: str, alias: str) -> str:
+    """Where the log of an alias is."""
+    return f"models/{name}/aliases/{alias}"
+
+
+def blob_key(entry: FileEntry) -> str:
+    """Where a file is."""
     return f"blobs/sha256/{entry.sha256[:2]}/{entry.sha256}"
 
 
-def _manifest_key(name: str, version: int) -> str:
+def manifest_key(name: str, version: int) -> str:
+    """Where a version is."""
     return f"models/{name}/versions/{version:08d}.json"

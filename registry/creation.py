@@ -138,9 +138,7 @@ def _conditional(store: S3Store, key: str, data: bytes, header: str | None) -> b
                     raise
             # Another write is under way, and has perhaps not won: 409 is not yet "taken".
             time.sleep(random.uniform(0, 0.05 * 2 ** min(attempt, 6)))
-    raise RegistryError(
-        f"{store.place.words}: {key} is written by others all the time; try again"
-    )
+    raise RegistryError(f"{store.place.words}: {key} is written by others all the time; try again")
 
 
 def _claimed(store: S3Store, key: str, data: bytes, refused: bool) -> bool:

@@ -36,13 +36,19 @@ def written_beside(
         temporary.unlink(missing_ok=True)
 
 
-def copy_hashing(source: Path, target: BinaryIO) -> str:
-    """Copy ``source`` into ``target`` and return the SHA-256 of what was copied, in hex."""
+def copy_hashing(
+    source: Path, target: BinaryIO, progress: Callable[[int], object] = lambda _: None
+) -> str:
+    """Copy ``source`` into ``target`` and return the SHA-256 of what was copied, in hex.
+
+    ``progress`` is called with the number of bytes of each block.
+    """
     digest = hashlib.sha256()
     with source.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             target.write(chunk)
+            progress(len(chunk))
     return digest.hexdigest()
 
 

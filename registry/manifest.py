@@ -14,6 +14,7 @@ from pydantic import (
     FiniteFloat,
     JsonValue,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 
@@ -31,6 +32,8 @@ class FileEntry(BaseModel):
     path: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     size: Annotated[int, Field(gt=0)]
+    chunks: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    """SHA-256 of each 8 MiB, if there are several: what is damaged is fetched again alone."""
 
 
 class Manifest(BaseModel):
@@ -50,13 +53,29 @@ class Manifest(BaseModel):
     push_id: Annotated[str, Field(min_length=1)]
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
     metrics: dict[str, FiniteFloat]
+    intervals: dict[str, tuple[FiniteFloat, FiniteFloat]] = {}
+    """Of metrics: lower and upper end of the interval that the true value lies in."""
+    evaluation: dict[str, JsonValue] = {}
+    """How the metrics were measured. Only what was measured alike is compared."""
     metadata: dict[str, JsonValue]
+    pushed_by: str = ""
 
-    @field_validator("metadata")
+    @field_validator("metadata", "evaluation")
     @classmethod
-    def _is_standard_json(cls, metadata: dict[str, Any]) -> dict[str, Any]:
-        json.dumps(metadata, allow_nan=False)
-        return metadata
+    def _is_standard_json(cls, values: dict[str, Any]) -> dict[str, Any]:
+        json.dumps(values, allow_nan=False)
+        return values
+
+    @field_validator("intervals")
+    @classmethod
+    def _are_of_metrics(
+        cls, intervals: dict[str, tuple[float, float]], info: ValidationInfo
+    ) -> dict[str, tuple[float, float]]:
+        for key, (lower, upper) in intervals.items():
+            value = info.data.get("metrics", {}).get(key)
+            if value is not None and not lower <= value <= upper:
+                raise ValueError(f"{key} is {value:g} and not within {lower:g} to {upper:g}")
+        return intervals
 
     @property
     def reference(self) -> str:

@@ -110,13 +110,11 @@ class S3Store:
             stored = self.size(key)
         if stored != entry.size:
             raise RegistryError(
-                f"{self.place.words}: {key} has {stored} bytes after {entry.size} were sent, so the "
-                "server damages what it gets; use another one"
+                f"{self.place.words}: {key} has {stored} bytes after {entry.size} were sent, so "
+                "the server damages what it gets; use another one"
             )
 
-    def blob_file(
-        self, key: str, entry: FileEntry, progress: Progress = silent
-    ) -> Path | None:
+    def blob_file(self, key: str, entry: FileEntry, progress: Progress = silent) -> Path | None:
         """See Store: from the cache, to which it is fetched if need be."""
         with self.cache.filling(entry.sha256) as (path, complete):
             if not complete:
@@ -211,13 +209,15 @@ class S3Store:
         """An upload to go on with and the ETags of its parts, or a new one."""
         from botocore.exceptions import ClientError
 
-        where = {"Bucket": self.place.bucket, "Key": self._key(key)}
+        bucket, name = self.place.bucket, self._key(key)
         with contextlib.suppress(FileNotFoundError, ValueError, ClientError):
             upload_id = str(json.loads(record.read_text(encoding="utf-8")))
-            pages = self._client.get_paginator("list_parts").paginate(UploadId=upload_id, **where)
+            pages = self._client.get_paginator("list_parts").paginate(
+                Bucket=bucket, Key=name, UploadId=upload_id
+            )
             parts = [part for page in pages for part in page.get("Parts", ())]
             return upload_id, {part["PartNumber"]: part["ETag"] for part in parts}
-        upload_id = self._client.create_multipart_upload(**where)["UploadId"]
+        upload_id = self._client.create_multipart_upload(Bucket=bucket, Key=name)["UploadId"]
         record.write_text(json.dumps(upload_id), encoding="utf-8")
         return upload_id, {}
 
@@ -242,9 +242,9 @@ class S3Store:
                             break
                         if attempt == 2:
                             raise RegistryError(
-                                f"{entry.path}: what {self.place.words} gives for {key} is not what "
-                                f"was pushed (bytes {chunk.start} to {chunk.start + chunk.size}); "
-                                "push the same file again to repair it"
+                                f"{entry.path}: what {self.place.words} gives for {key} is not "
+                                f"what was pushed, from byte {chunk.start}; push the same file "
+                                "again to repair it"
                             )
                     os.pwrite(file.fileno(), data, chunk.start)
                     progress(chunk.size)

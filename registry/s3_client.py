@@ -46,7 +46,8 @@ def parse_place(location: str, endpoint_url: str | None) -> Place:
     prefix = parts.path.strip("/")
     segments = prefix.split("/") if prefix else []
     plain = all(
-        segment not in ("", ".", "..") and all(c.isascii() and (c.isalnum() or c in "._-") for c in segment)
+        segment not in ("", ".", "..")
+        and all(c.isascii() and (c.isalnum() or c in "._-") for c in segment)
         for segment in segments
     )
     if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment or not plain:
@@ -74,15 +75,15 @@ def make_client(place: Place, variant: str | None = None) -> S3Client:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    settings: dict[str, Any] = dict(
-        signature_version="s3v4",
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        retries={"mode": "standard", "total_max_attempts": 1 if variant == "" else 8},
-        connect_timeout=10,
-        read_timeout=10 if variant == "" else 60,
-        max_pool_connections=4 * THREADS,
-    )
+    settings: dict[str, Any] = {
+        "signature_version": "s3v4",
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        "retries": {"mode": "standard", "total_max_attempts": 1 if variant == "" else 8},
+        "connect_timeout": 10,
+        "read_timeout": 10 if variant == "" else 60,
+        "max_pool_connections": 4 * THREADS,
+    }
     if place.endpoint_url:
         host = urlsplit(place.endpoint_url).hostname or ""
         style = "virtual" if host.endswith(_VIRTUAL_HOSTS) else "path"

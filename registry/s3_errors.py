@@ -69,13 +69,15 @@ def s3_errors(client: S3Client, place: Place, action: str) -> Iterator[None]:
             f"{place.words}: the server's certificate is not trusted; name its CA with "
             "AWS_CA_BUNDLE=FILE"
         ) from error
-    except raised.HTTPClientError as error:
+    except (raised.HTTPClientError, raised.ConnectionError) as error:
         raise RegistryError(
             f"{place.words}: nobody answers there ({type(error).__name__}); see whether the server "
             "runs, --endpoint-url and the network"
         ) from error
     except raised.BotoCoreError as error:
-        raise RegistryError(f"{place.words}: cannot {action}: {error}; see ~/.aws/config") from error
+        raise RegistryError(
+            f"{place.words}: cannot {action}: {error}; see ~/.aws/config"
+        ) from error
 
 
 def _sentence(client: S3Client, place: Place, action: str, error: ClientError) -> str:

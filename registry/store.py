@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from registry.errors import RegistryError, os_errors
 from registry.files import copy_hashing, written_beside
+
+if TYPE_CHECKING:
+    from registry.manifest import FileEntry
+
+Progress = Callable[[int], object]
+"""Is called with the number of bytes that have come further."""
+
+
+def silent(_: int) -> None:
+    """Progress that nobody wants to see."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object: its key, its size in bytes and when it was written, by the store's clock."""
+
+    key: str
+    size: int
+    modified: datetime
 
 
 class Store(Protocol):
@@ -34,14 +57,28 @@ class Store(Protocol):
         Of several writers of one key exactly one is told ``True``.
         """
 
-    def put_blob(self, key: str, source: Path, sha256: str) -> None:
-        """Store the file ``source``, whole or not at all, unless an intact copy is there.
+    def put_blob(
+        self, key: str, source: Path, entry: FileEntry, progress: Progress = silent
+    ) -> None:
+        """Store the file ``source``, whole or not at all, unless a copy is there.
 
-        Raises ``RegistryError`` if the bytes of ``source`` do not have the digest ``sha256``.
+        Raises ``RegistryError`` if the bytes of ``source`` are not those of ``entry``.
         """
 
-    def local_path(self, key: str) -> Path | None:
-        """A local file with the bytes of a blob, to read only, or ``None`` if it is not there."""
+    def blob_file(self, key: str, entry: FileEntry, progress: Progress = silent) -> Path | None:
+        """A local file, to read only, with what the store has as this blob; ``None`` if it has not.
+
+        Whether the bytes are those of ``entry`` is for the reader to see.
+        """
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """All objects whose key begins with ``prefix``, in the order of keys."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if it is there."""
+
+    def now(self) -> datetime:
+        """The time by the store's clock."""
 
 
 class FolderStore:
@@ -93,21 +130,48 @@ class FolderStore:
                 raise
             return True
 
-    def put_blob(self, key: str, source: Path, sha256: str) -> None:
-        from weights.files import sha256 as digest_of
+    def put_blob(
+        self, key: str, source: Path, entry: FileEntry, progress: Progress = silent
+    ) -> None:
+        from weights.files import sha256
 
         path = self.folder / key
 
         def write(file: BinaryIO) -> None:
-            if copy_hashing(source, file) != sha256:
+            if copy_hashing(source, file, progress) != entry.sha256:
                 raise RegistryError(f"{source} changed while it was pushed; push it again")
 
         with os_errors(f"write to the registry {self.location}"):
-            if path.is_file() and digest_of(path) == sha256:
+            if path.is_file() and sha256(path) == entry.sha256:
+                progress(entry.size)
                 return
             with written_beside(path, write, mode=0o444) as temporary:
                 os.replace(temporary, path)
 
-    def local_path(self, key: str) -> Path | None:
+    def blob_file(self, key: str, entry: FileEntry, progress: Progress = silent) -> Path | None:
         path = self.folder / key
         return path if path.is_file() else None
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        with os_errors(f"list the registry {self.location}"):
+            found = []
+            for folder, _, names in os.walk(self.folder):
+                for name in names:
+                    path = Path(folder, name)
+                    key = path.relative_to(self.folder).as_posix()
+                    if key.startswith(prefix) and not name.startswith("."):
+                        state = path.stat()
+                        modified = datetime.fromtimestamp(state.st_mtime, timezone.utc)
+                        found.append(Entry(key, state.st_size, modified))
+        yield from sorted(found, key=lambda entry: entry.key)
+
+    def delete(self, key: str) -> None:
+        with os_errors(f"remove from the registry {self.location}"):
+            (self.folder / key).unlink(missing_ok=True)
+
+    def now(self) -> datetime:
+        with (
+            os_errors(f"write to the registry {self.location}"),
+            tempfile.NamedTemporaryFile(dir=self.folder, prefix=".clock-") as file,
+        ):
+            return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, timezone.utc)

@@ -270,7 +270,7 @@ def test_bad_command(
     [
         (None, "no registry is named; give --registry DIR or set LORA_REGISTRY"),
         ("", "no registry is named; give --registry DIR or set LORA_REGISTRY"),
-        ("s3://bucket/loras", "s3://bucket/loras is a URL; name a folder"),
+        ("gs://bucket/loras", "gs://bucket/loras is another URL"),
     ],
 )
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from registry.api import Registry, RegistryError, open_registry
+from registry.api import FileEntry, Registry, RegistryError, open_registry
 from registry.store import FolderStore
 
 
@@ -176,7 +176,8 @@ def test_metadata_that_is_not_json(loras: Registry, lora: Path, folder: Path, va
 def test_file_that_changes_while_it_is_pushed(folder: Path, lora: Path) -> None:
     store = FolderStore(folder)
     with pytest.raises(RegistryError, match="changed while it was pushed"):
-        store.put_blob("blobs/x", lora, hashlib.sha256(b"what it was before").hexdigest())
+        digest = hashlib.sha256(b"what it was before").hexdigest()
+        store.put_blob("blobs/x", lora, FileEntry(path="x", sha256=digest, size=20))
     assert list((folder / "blobs").iterdir()) == []
 
 
@@ -222,10 +223,23 @@ def test_file_system_without_hard_links(
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("location", ["s3://bucket/loras", "https://example.org/loras"])
-def test_a_url_is_not_a_folder(location: str) -> None:
-    with pytest.raises(RegistryError, match=f"{location} is a URL; name a folder"):
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("https://example.org/loras", "https://example.org/loras is another URL"),
+        ("s3://", "is no place for a registry"),
+        ("s3:///loras", "is no place for a registry"),
+        ("s3://bucket/../loras", "is no place for a registry"),
+        ("s3://bucket/a//b", "is no place for a registry"),
+        ("s3://bucket/lör", "is no place for a registry"),
+        ("s3://bucket/loras?x=1", "is no place for a registry"),
+        ("s3://key:secret@bucket/loras", "a registry's location holds no credentials"),
+    ],
+)
+def test_what_is_no_location(location: str, message: str) -> None:
+    with pytest.raises(RegistryError, match=message) as caught:
         open_registry(location)
+    assert "secret" not in str(caught.value)
 
 
 def test_no_location() -> None:

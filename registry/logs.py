@@ -1,0 +1,103 @@
+"""Append-only logs in a store: numbered documents, each created unless it is there.
+
+The highest number is what holds now, the others are its history. Nothing but create-if-absent is
+needed, so a log is right wherever a version is.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import socket
+import uuid
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from registry.errors import RegistryError
+from registry.store import Store
+
+_ATTEMPTS = 1000
+
+
+class LogEntry(BaseModel):
+    """One entry: what was done, by whom and when."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format_version: Literal[1] = 1
+    action: Annotated[str, Field(pattern=r"^[a-z-]+$")]
+    version: Annotated[int, Field(ge=1)] | None = None
+    """What an alias means from now on, None for nothing; what else was acted on."""
+    reason: str = ""
+    facts: dict[str, JsonValue] = {}
+    """Of a promotion: the gate, its verdict, whether it was forced."""
+    by: str
+    at: AwareDatetime
+    id: Annotated[str, Field(min_length=1)]
+    """Random: a writer tells by it whether an entry is its own."""
+
+
+def who() -> str:
+    """`user@host`, as far as the machine tells."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"
+
+
+def entries(store: Store, folder: str) -> list[LogEntry]:
+    """All entries of a log, oldest first. Raises RegistryError if one cannot be read."""
+    return [_read(store, folder, number) for number in _numbers(store, folder)]
+
+
+def last(store: Store, folder: str) -> LogEntry | None:
+    """The newest entry."""
+    numbers = _numbers(store, folder)
+    return _read(store, folder, numbers[-1]) if numbers else None
+
+
+def append(store: Store, folder: str, action: str, now: datetime, **values: Any) -> LogEntry:
+    """Add an entry after those that are there, whoever else adds one at the same time.
+
+    Raises RegistryError if the values are no entry, or the store fails.
+    """
+    try:
+        entry = LogEntry(action=action, by=who(), at=now, id=uuid.uuid4().hex, **values)
+    except ValidationError as error:
+        raise RegistryError(f"cannot note {action}: {error.errors()[0]['msg']}") from error
+    document = entry.model_dump_json(indent=2).encode()
+    for _ in range(_ATTEMPTS):
+        numbers = _numbers(store, folder)
+        number = (numbers[-1] if numbers else 0) + 1
+        if store.put_if_absent(_key(folder, number), document):
+            return entry
+        # A store that lost the reply to a write and wrote again finds its own.
+        if _read(store, folder, number).id == entry.id:
+            return entry
+    raise RegistryError(f"no place in {folder} after {_ATTEMPTS} attempts; check the registry")
+
+
+def _numbers(store: Store, folder: str) -> list[int]:
+    found = (re.fullmatch(r"([0-9]{8})\.json", name) for name in store.names(folder))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _read(store: Store, folder: str, number: int) -> LogEntry:
+    key = _key(folder, number)
+    document = store.read(key)
+    if document is None:
+        raise RegistryError(f"{key} vanished from the registry {store.location}; try again")
+    try:
+        return LogEntry.model_validate_json(document)
+    except ValidationError as error:
+        raise RegistryError(
+            f"{key} in the registry {store.location} is not an entry that this program can read; "
+            "restore it, or use a newer lora-registry"
+        ) from error
+
+
+def _key(folder: str, number: int) -> str:
+    return f"{folder}/{number:08d}.json"

@@ -1,0 +1,211 @@
+"""The registry in a bucket of real servers: one that honours conditions, one that ignores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from registry.api import Registry, RegistryError, blob_key, open_registry
+from registry.creation import probe
+from registry.s3 import S3Store
+from tests.registry import servers
+from tests.registry.servers import Server
+
+
+@pytest.fixture(scope="module")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with servers.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with servers.rclone(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+@pytest.fixture(params=["seaweedfs", "rclone"])
+def server(request: pytest.FixtureRequest) -> Server:
+    found: Server = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Registry]:
+    """Open a registry at a server, with a cache of the test's own."""
+
+    def begin(server: Server, prefix: str | None = None, **environment: str) -> Registry:
+        values = {**server.environment, "LORA_REGISTRY_CACHE": str(tmp_path / "cache")}
+        for key, value in {**values, **environment}.items():
+            monkeypatch.setenv(key, value)
+        return open_registry(
+            f"s3://loras/{prefix or tmp_path.name.replace('[', '').replace(']', '')}"
+        )
+
+    return begin
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A LoRA of 20 MB, which goes in three parts."""
+    path = tmp_path / "large.safetensors"
+    weights = np.random.default_rng(1).standard_normal((1250, 4000)).astype(np.float32)
+    save_file({"unet.lora_down.weight": weights}, path)
+    return path
+
+
+def store_of(registry: Registry) -> S3Store:
+    assert isinstance(registry.store, S3Store)
+    return registry.store
+
+
+def test_push_and_pull(
+    server: Server, use: Callable[..., Registry], lora: Path, tmp_path: Path
+) -> None:
+    loras = use(server)
+    assert loras.push("ink", lora, metrics={"fid": 3.5}).reference == "ink@1"
+    assert loras.push("ink", lora).version == 2
+    assert loras.names() == ["ink"]
+    assert loras.versions("ink") == [1, 2]
+    assert loras.resolve("ink@1").metrics == {"fid": 3.5}
+    pulled = loras.pull("ink@1", tmp_path / "out")
+    assert pulled.read_bytes() == lora.read_bytes()
+
+
+def test_large_files_go_in_parts_and_come_in_ranges(
+    server: Server, use: Callable[..., Registry], large: Path, tmp_path: Path
+) -> None:
+    loras, sent, received = use(server), [], []
+    manifest = loras.push("ink", large, progress=sent.append)
+    assert len(manifest.files[0].chunks) == 3
+    assert sum(sent) == large.stat().st_size
+    pulled = loras.pull("ink", tmp_path / "out", progress=received.append)
+    assert pulled.read_bytes() == large.read_bytes()
+    assert sum(received) == large.stat().st_size
+
+
+def test_what_was_fetched_is_not_fetched_again(
+    seaweedfs: Server, use: Callable[..., Registry], large: Path, tmp_path: Path
+) -> None:
+    loras = use(seaweedfs)
+    entry = loras.push("ink", large).files[0]
+    cache = store_of(loras).cache
+    part = cache.blob(entry.sha256).with_suffix(".part")
+    part.parent.mkdir(parents=True)
+    damaged = bytearray(large.read_bytes())
+    damaged[9 << 20] ^= 1  # in the second of three
+    part.write_bytes(damaged)
+    asked = []
+    store_of(loras)._client.meta.events.register(
+        "before-send.s3.GetObject", lambda request, **_: asked.append(request.headers.get("Range"))
+    )
+    assert loras.fetch("ink")[0].read_bytes() == large.read_bytes()
+    assert [str(range_, "ascii") for range_ in asked if range_] == [
+        f"bytes={8 << 20}-{(16 << 20) - 1}"
+    ]
+    asked.clear()
+    assert loras.fetch("ink")[0].read_bytes() == large.read_bytes()
+    assert not any(asked)
+
+
+def test_an_upload_that_was_cut_off_goes_on(
+    seaweedfs: Server, use: Callable[..., Registry], large: Path
+) -> None:
+    loras = use(seaweedfs)
+    events = store_of(loras)._client.meta.events
+    begun = []
+
+    def fail(params: dict[str, int], **_: object) -> None:
+        begun.append(params["PartNumber"])
+        if params["PartNumber"] == 3:
+            raise KeyboardInterrupt
+
+    events.register("provide-client-params.s3.UploadPart", fail)
+    with pytest.raises(KeyboardInterrupt):
+        loras.push("ink", large)
+    assert loras.names() == []
+    events.unregister("provide-client-params.s3.UploadPart", fail)
+    sent = []
+    events.register(
+        "provide-client-params.s3.UploadPart", lambda params, **_: sent.append(params["PartNumber"])
+    )
+    assert loras.push("ink", large).version == 1
+    assert sent == [3]
+    assert loras.fetch("ink")[0].read_bytes() == large.read_bytes()
+
+
+def test_what_the_probe_sees(
+    seaweedfs: Server, rclone: Server, use: Callable[..., Registry]
+) -> None:
+    found = probe(store_of(use(seaweedfs, "probe")))
+    assert (found.way, found.found) == ("If-None-Match", {"If-None-Match": "holds"})
+    found = probe(store_of(use(rclone, "probe")))
+    assert found.way == "claims"
+    assert found.found["If-None-Match"] == "ignored"
+    assert list(store_of(use(rclone, "probe")).entries("")) == []
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_damaged_blob_is_refused(
+    seaweedfs: Server,
+    use: Callable[..., Registry],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    size: str,
+) -> None:
+    path: Path = request.getfixturevalue("large" if size == "large" else "lora")
+    loras = use(seaweedfs)
+    manifest = loras.push("ink", path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    store_of(loras).put(blob_key(manifest.files[0]), bytes(content))
+    with pytest.raises(RegistryError, match="is not what was pushed, from byte"):
+        loras.pull("ink", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "the secret key does not belong to the access key"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "the server does not know the access key"),
+        ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}, "nobody answers there"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no credentials were found"),
+        ({"AWS_PROFILE": "absent"}, "the S3 settings are unusable"),
+    ],
+)
+def test_what_keeps_from_the_server(
+    seaweedfs: Server,
+    use: Callable[..., Registry],
+    lora: Path,
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    for act in (lambda r: r.push("ink", lora), lambda r: r.versions("ink")):
+        with pytest.raises(RegistryError, match=message) as caught:
+            act(use(seaweedfs, **environment))
+        assert servers.SECRET_KEY not in str(caught.value)
+
+
+def test_no_bucket(
+    seaweedfs: Server, use: Callable[..., Registry], lora: Path, tmp_path: Path
+) -> None:
+    use(seaweedfs)
+    absent = open_registry("s3://absent/loras")
+    for act in (lambda: absent.push("ink", lora), absent.names, lambda: absent.check_push("ink")):
+        with pytest.raises(RegistryError, match="there is no bucket absent; create it"):
+            act()
+
+
+def test_who_may_only_read(
+    seaweedfs: Server, use: Callable[..., Registry], lora: Path, tmp_path: Path
+) -> None:
+    use(seaweedfs).push("ink", lora)
+    reader = use(seaweedfs, AWS_ACCESS_KEY_ID="reader")
+    assert reader.pull("ink", tmp_path / "out").read_bytes() == lora.read_bytes()
+    with pytest.raises(RegistryError, match="no permission to write objects"):
+        reader.push("ink", lora)
