@@ -10,6 +10,7 @@ import getpass
 import re
 import socket
 import uuid
+from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ class LogEntry(BaseModel):
     action: Annotated[str, Field(pattern=r"^[a-z-]+$")]
     version: Annotated[int, Field(ge=1)] | None = None
     """What an alias means from now on, None for nothing; what else was acted on."""
-    reason: str = ""
+    reason: Annotated[str, Field(max_length=1000)] = ""
     facts: dict[str, JsonValue] = {}
     """Of a promotion: the gate, its verdict, whether it was forced."""
     by: str
@@ -59,20 +60,24 @@ def last(store: Store, folder: str) -> LogEntry | None:
     return _read(store, folder, numbers[-1]) if numbers else None
 
 
-def append(store: Store, folder: str, action: str, now: datetime, **values: Any) -> LogEntry:
+def append(
+    store: Store, folder: str, now: datetime, decide: Callable[[list[LogEntry]], dict[str, Any]]
+) -> LogEntry:
     """Add an entry after those that are there, whoever else adds one at the same time.
 
+    `decide` is given them and says the fields of the next one; again, if somebody else was faster.
     Raises RegistryError if the values are no entry, or the store fails.
     """
-    try:
-        entry = LogEntry(action=action, by=who(), at=now, id=uuid.uuid4().hex, **values)
-    except ValidationError as error:
-        raise RegistryError(f"cannot note {action}: {error.errors()[0]['msg']}") from error
-    document = entry.model_dump_json(indent=2).encode()
     for _ in range(_ATTEMPTS):
         numbers = _numbers(store, folder)
+        before = [_read(store, folder, number) for number in numbers]
+        try:
+            entry = LogEntry(by=who(), at=now, id=uuid.uuid4().hex, **decide(before))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RegistryError(f"{first['loc'][0]}: {first['msg']}; correct it") from error
         number = (numbers[-1] if numbers else 0) + 1
-        if store.put_if_absent(_key(folder, number), document):
+        if store.put_if_absent(_key(folder, number), entry.model_dump_json(indent=2).encode()):
             return entry
         # A store that lost the reply to a write and wrote again finds its own.
         if _read(store, folder, number).id == entry.id:
