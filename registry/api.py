@@ -163,7 +163,12 @@ class Registry:
         draft = _draft(name, Path(file), metrics, metadata, evaluation)
         self._create()
         entry = draft.files[0]
-        self.store.put_blob(blob_key(entry), Path(file), entry, progress)
+        key, mark = blob_key(entry), f"garbage/{entry.sha256}"
+        # Written anew it is too young for a gc that has marked it and is about to remove it.
+        marked = self.store.size(key) is not None and self.store.read(mark) is not None
+        self.store.put_blob(key, Path(file), entry, progress, anew=marked)
+        if marked:
+            self.store.delete(mark)
         for _ in range(_MAX_ATTEMPTS):
             version = max((*self._version_numbers(name), *self._numbered_states(name)), default=0)
             version += 1
@@ -171,6 +176,8 @@ class Registry:
             document = manifest.model_dump_json(indent=2).encode()
             if self.store.put_if_absent(manifest_key(name, version), document):
                 self._check_stored(manifest)
+                if self.store.size(key) != entry.size:
+                    self.store.put_blob(key, Path(file), entry)
                 return manifest
             # A store that lost the reply to a successful write and wrote again finds its own.
             if self._read_manifest(name, version).push_id == manifest.push_id:
@@ -239,6 +246,15 @@ class Registry:
             with written_beside(destination, write) as temporary:
                 os.replace(temporary, destination)
         return destination
+
+    def check(self, manifest: Manifest) -> None:
+        """Read back every file of a version. Raises ``RegistryError`` if one is missing or differs
+        from its digest."""
+        for entry in manifest.files:
+            found = self.store.digest(blob_key(entry))
+            if found is None:
+                raise self._missing(manifest, entry)
+            self._check_digest(manifest, entry, found)
 
     def check_push(self, name: str) -> None:
         """Find out, without writing, what would keep a push of ``name`` from being taken.
@@ -367,11 +383,14 @@ class Registry:
     def _blob_path(self, manifest: Manifest, entry: FileEntry, progress: Progress = silent) -> Path:
         path = self.store.blob_file(blob_key(entry), entry, progress)
         if path is None:
-            raise RegistryError(
-                f"{blob_key(entry)}, the file of {manifest.reference}, is missing from the "
-                f"registry {self.location}; push the same file again to restore it"
-            )
+            raise self._missing(manifest, entry)
         return path
+
+    def _missing(self, manifest: Manifest, entry: FileEntry) -> RegistryError:
+        return RegistryError(
+            f"{blob_key(entry)}, the file of {manifest.reference}, is missing from the "
+            f"registry {self.location}; push the same file again to restore it"
+        )
 
     def _check_digest(self, manifest: Manifest, entry: FileEntry, found: str) -> None:
         if found != entry.sha256:

@@ -70,11 +70,10 @@ def promote(
     manifest = registry.resolve(reference)
     verdict = None
     if gate is not None:
-        current = {
-            name: registry.resolve(f"{manifest.name}@{entry.version}")
-            for name, entry in aliases(registry, manifest.name).items()
-            if entry.version is not None
-        }
+        known = registry.store.names(f"models/{manifest.name}/aliases")
+        current: dict[str, Manifest | None] = dict.fromkeys((alias, *known))
+        for name, entry in aliases(registry, manifest.name).items():
+            current[name] = registry.resolve(f"{manifest.name}@{entry.version}")
         verdict = evaluate(gate, manifest, current)
     facts = {**(verdict.as_dict() if verdict else {}), **({"forced": True} if force else {})}
     if verdict and not verdict.passed and not force:
@@ -102,8 +101,8 @@ def promote(
     return entry, verdict
 
 
-def evaluate(gate: str, manifest: Manifest, current: Mapping[str, Manifest]) -> Verdict:
-    """What a gate says of a version, given what the aliases mean now.
+def evaluate(gate: str, manifest: Manifest, current: Mapping[str, Manifest | None]) -> Verdict:
+    """What a gate says of a version, given what the aliases mean now, None for nothing.
 
     Raises RegistryError if it cannot be read, names what is not there, or compares what was
     measured differently.
@@ -123,7 +122,11 @@ def evaluate(gate: str, manifest: Manifest, current: Mapping[str, Manifest]) -> 
 
 class _Evaluation:
     def __init__(
-        self, gate: str, manifest: Manifest, current: Mapping[str, Manifest], verdict: Verdict
+        self,
+        gate: str,
+        manifest: Manifest,
+        current: Mapping[str, Manifest | None],
+        verdict: Verdict,
     ):
         self.gate = gate
         self.manifest = manifest
@@ -150,9 +153,8 @@ class _Evaluation:
         results: list[bool | None] = []
         for number, kind in enumerate(node.ops):
             if type(kind) not in _COMPARISONS:
-                raise _unreadable(
-                    self.gate, f"expected < <= > >= == or !=, in `{ast.unparse(node)}`"
-                )
+                what = f"expected < <= > >= == or !=, found `{ast.unparse(node)}`"
+                raise _unreadable(self.gate, what)
             symbol, compare = _COMPARISONS[type(kind)]
             left, right = values[number], values[number + 1]
             names = f"{ast.unparse(operands[number])} {symbol} {ast.unparse(operands[number + 1])}"
@@ -168,7 +170,7 @@ class _Evaluation:
 
     def _number(self, node: ast.expr) -> float | None:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return float(node.value)
+            return float(str(node.value))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             inner = self._number(node.operand)
             return None if inner is None else -inner
@@ -196,8 +198,14 @@ class _Evaluation:
             manifest, key = self.manifest, f"{parts[1]}_base"
         elif len(parts) == 2:
             if parts[0] not in self.current:
+                raise RegistryError(
+                    f"the gate asks for {name}, and {self.manifest.name} has no alias "
+                    f"{parts[0]!r}; correct it"
+                )
+            incumbent = self.current[parts[0]]
+            if incumbent is None:
                 return None
-            manifest, key = self.current[parts[0]], parts[1]
+            manifest, key = incumbent, parts[1]
             if manifest.evaluation != self.manifest.evaluation:
                 raise RegistryError(
                     f"{manifest.reference} and {self.manifest.reference} were measured differently "

@@ -92,10 +92,15 @@ class S3Store:
         return self._create(key, data)
 
     def put_blob(
-        self, key: str, source: Path, entry: FileEntry, progress: Progress = silent
+        self,
+        key: str,
+        source: Path,
+        entry: FileEntry,
+        progress: Progress = silent,
+        anew: bool = False,
     ) -> None:
         with self.errors("write objects"):
-            if self.size(key) == entry.size:
+            if not anew and self.size(key) == entry.size:
                 progress(entry.size)
                 return
             if entry.size <= CHUNK_BYTES:
@@ -126,6 +131,22 @@ class S3Store:
                 if not self._fetch(key, entry, path, progress):
                     return None
         return self.cache.blob(entry.sha256)
+
+    def digest(self, key: str) -> str | None:
+        from botocore.exceptions import ClientError
+
+        digest = hashlib.sha256()
+        with self.errors("read objects"):
+            try:
+                answer = self._client.get_object(Bucket=self.place.bucket, Key=self._key(key))
+            except ClientError as error:
+                if code_of(error) in _ABSENT:
+                    return None
+                raise
+            with contextlib.closing(answer["Body"]) as body:
+                for block in body.iter_chunks(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
 
     def delete(self, key: str) -> None:
         with self.errors("delete objects"):

@@ -58,9 +58,14 @@ class Store(Protocol):
         """
 
     def put_blob(
-        self, key: str, source: Path, entry: FileEntry, progress: Progress = silent
+        self,
+        key: str,
+        source: Path,
+        entry: FileEntry,
+        progress: Progress = silent,
+        anew: bool = False,
     ) -> None:
-        """Store the file ``source``, whole or not at all, unless a copy is there.
+        """Store the file ``source``, whole or not at all, unless a copy is there or with ``anew``.
 
         Raises ``RegistryError`` if the bytes of ``source`` are not those of ``entry``.
         """
@@ -73,6 +78,12 @@ class Store(Protocol):
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         """All objects whose key begins with ``prefix``, in the order of keys."""
+
+    def digest(self, key: str) -> str | None:
+        """SHA-256 in hex of an object as the store has it, ``None`` if it is not there."""
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object, ``None`` if it is not there."""
 
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
@@ -131,7 +142,12 @@ class FolderStore:
             return True
 
     def put_blob(
-        self, key: str, source: Path, entry: FileEntry, progress: Progress = silent
+        self,
+        key: str,
+        source: Path,
+        entry: FileEntry,
+        progress: Progress = silent,
+        anew: bool = False,
     ) -> None:
         from weights.files import sha256
 
@@ -142,7 +158,7 @@ class FolderStore:
                 raise RegistryError(f"{source} changed while it was pushed; push it again")
 
         with os_errors(f"write to the registry {self.location}"):
-            if path.is_file() and sha256(path) == entry.sha256:
+            if not anew and path.is_file() and sha256(path) == entry.sha256:
                 progress(entry.size)
                 return
             with written_beside(path, write, mode=0o444) as temporary:
@@ -164,6 +180,22 @@ class FolderStore:
                         modified = datetime.fromtimestamp(state.st_mtime, timezone.utc)
                         found.append(Entry(key, state.st_size, modified))
         yield from sorted(found, key=lambda entry: entry.key)
+
+    def digest(self, key: str) -> str | None:
+        from weights.files import sha256
+
+        with os_errors(f"read the registry {self.location}"):
+            try:
+                return sha256(self.folder / key)
+            except FileNotFoundError:
+                return None
+
+    def size(self, key: str) -> int | None:
+        with os_errors(f"read the registry {self.location}"):
+            try:
+                return (self.folder / key).stat().st_size
+            except FileNotFoundError:
+                return None
 
     def delete(self, key: str) -> None:
         with os_errors(f"remove from the registry {self.location}"):

@@ -248,7 +248,7 @@ def test_show_json_is_the_manifest(invoke: Invoke, loras: Registry, lora: Path) 
     [
         (["show", "inc"], "did you mean ink?"),
         (["show", "ink@9"], "ink has no version 9; "),
-        (["show", "ink@latest"], "is not a version"),
+        (["show", "ink@1.0"], "is not a version"),
         (["pull", "Ink", "--out", "."], "is not a model name"),
         (["pull", "ink"], "Missing option '--out'. See 'main pull --help'."),
         (["pull"], "Missing argument 'NAME[@VERSION]'."),

@@ -1,0 +1,185 @@
+"""Aliases with their history, yanked and removed versions, gates, and what was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry.aliases import aliases, history, remove_alias, rollback, set_alias
+from registry.api import Registry, RegistryError
+from registry.gates import evaluate, promote
+from registry.states import log, remove, unyank, yank
+
+
+@pytest.fixture
+def four(loras: Registry, make_lora: Any) -> Registry:
+    """Versions 1 to 4 of ink, whose kid gets smaller."""
+    for number in range(1, 5):
+        loras.push(
+            "ink",
+            make_lora(seed=number),
+            metrics={
+                "kid": {"value": 5.0 - number, "lower": 4.8 - number, "upper": 5.2 - number},
+                "kid_base": {"value": 9.0, "lower": 8.0, "upper": 10.0},
+                "clip": 0.3,
+            },
+            evaluation={"prompts": 8},
+        )
+    return loras
+
+
+def test_an_alias_and_what_it_meant(four: Registry) -> None:
+    for version in (1, 3, 2):
+        set_alias(four, "ink", "prod", version)
+    assert four.resolve("ink@prod").version == 2
+    assert rollback(four, "ink", "prod").version == 3
+    assert rollback(four, "ink", "prod").version == 1
+    with pytest.raises(RegistryError, match="ink@prod meant nothing else before"):
+        rollback(four, "ink", "prod")
+    set_alias(four, "ink", "prod", 4)
+    assert rollback(four, "ink", "prod").version == 1
+    remove_alias(four, "ink", "prod", reason="the show is over")
+    with pytest.raises(RegistryError, match="ink has no alias 'prod'; it has prod"):
+        four.resolve("ink@prod")
+    assert aliases(four, "ink") == {}
+    found = history(four, "ink", "prod")
+    assert [entry.version for entry in found] == [1, 3, 2, 3, 1, 4, 1, None]
+    assert found[-1].reason == "the show is over"
+    assert all("@" in entry.by for entry in found)
+
+
+@pytest.mark.parametrize(
+    ("alias", "message"),
+    [
+        ("v1", "looks like a version"),
+        ("12", "looks like a version"),
+        ("latest", "has a meaning of its own"),
+        ("base", "has a meaning of its own"),
+        ("Prod", "is not an alias"),
+        ("../up", "is not an alias"),
+        ("прод", "is not an alias"),
+    ],
+)
+def test_what_is_no_alias(four: Registry, folder: Path, alias: str, message: str) -> None:
+    with pytest.raises(RegistryError, match=message):
+        set_alias(four, "ink", alias, 1)
+    assert not (folder / "models" / "ink" / "aliases").exists()
+
+
+def test_digests_and_latest(four: Registry) -> None:
+    digest = four.resolve("ink@2").files[0].sha256
+    assert four.resolve(f"ink@sha256:{digest}").version == 2
+    assert four.resolve(f"ink@sha256:{digest[:8]}").version == 2
+    assert four.resolve("ink@latest").version == 4
+    with pytest.raises(RegistryError, match="no version of ink has a file whose sha256 begins"):
+        four.resolve("ink@sha256:" + "0" * 64)
+    with pytest.raises(RegistryError, match="is not a digest"):
+        four.resolve("ink@sha256:xyz")
+
+
+def test_a_yanked_version(four: Registry, tmp_path: Path) -> None:
+    yank(four, "ink@4", "trained on the wrong set")
+    assert four.resolve("ink").version == 3
+    with pytest.raises(RegistryError, match="ink@4 is yanked: trained on the wrong set"):
+        four.pull("ink@4", tmp_path / "out")
+    with pytest.raises(RegistryError, match="is yanked already"):
+        yank(four, "ink@4", "again")
+    with pytest.raises(RegistryError, match="ink@4 is yanked"):
+        set_alias(four, "ink", "prod", 4)
+    assert four.pull("ink@4", tmp_path / "out", yanked=True).exists()
+    unyank(four, "ink@4")
+    assert four.resolve("ink").version == 4
+    with pytest.raises(RegistryError, match="is not yanked"):
+        unyank(four, "ink@4")
+    with pytest.raises(RegistryError, match="give one"):
+        yank(four, "ink@4", " ")
+
+
+def test_a_number_is_never_given_twice(four: Registry, make_lora: Any) -> None:
+    set_alias(four, "ink", "prod", 4)
+    with pytest.raises(RegistryError, match="ink@4 is what prod means"):
+        remove(four, "ink@4")
+    remove_alias(four, "ink", "prod")
+    remove(four, "ink@4")
+    assert four.versions("ink") == [1, 2, 3]
+    with pytest.raises(RegistryError, match="ink has no version 4"):
+        four.resolve("ink@4")
+    assert four.push("ink", make_lora(seed=9)).version == 5
+
+
+@pytest.mark.parametrize(
+    ("gate", "passed"),
+    [
+        ("kid < 3.5", True),
+        ("kid < 3", False),
+        ("kid <= 3 and clip > 0.2", True),
+        ("kid < 1 or clip == 0.3", True),
+        ("not kid < 1", True),
+        ("kid.upper < base.kid.lower", True),
+        ("kid.upper < prod.kid.lower", True),
+        ("kid < 0.5 * prod.kid", False),
+        ("clip >= 0.98 * prod.clip and kid.upper < base.kid.lower", True),
+        ("1 < kid < 4 - -0.5", True),
+        ("kid < beta.kid", True),  # nothing to compare with
+        ("kid < beta.kid and clip > 1", False),
+        ("not kid < beta.kid", True),
+    ],
+)
+def test_gates(four: Registry, gate: str, passed: bool) -> None:
+    current = {"prod": four.resolve("ink@1"), "beta": None}
+    assert evaluate(gate, four.resolve("ink@2"), current).passed is passed
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("", "cannot be read"),
+        ("kid <", "cannot be read: it ends or breaks off"),
+        ("kid", "expected a comparison, found `kid`"),
+        ("__import__('os').system('true') == 0", "expected a metric or a number"),
+        ("kid.__class__ < 3", "has no alias 'kid'"),
+        ("[kid for kid in (1,)] < 3", "expected a metric or a number"),
+        ("kid in 3", "expected < <= > >= == or !="),
+        ("kid < True", "expected a metric or a number, found `True`"),
+        ("kid < 'x'", "expected a metric or a number"),
+        ("kid ** 9 ** 9 < 3", "expected a metric or a number"),
+        ("kid / 0 < 3", "divides by zero"),
+        ("fid < 3", "asks for fid, and ink@2 has no 'fid'; its metrics are kid, kid_base, clip"),
+        ("clip.upper < 3", "has no interval of 'clip'"),
+        ("prd.kid < 3", "ink has no alias 'prd'"),
+        ("a.b.c.d < 3", "expected metric, alias.metric or .lower"),
+        ("(" * 400 + "kid" + ")" * 400 + "<3", "cannot be read"),
+        ("kid<3 or " * 200 + "kid<3", "more than 1000 characters"),
+    ],
+)
+def test_gates_that_cannot_be_read(four: Registry, gate: str, message: str) -> None:
+    with pytest.raises(RegistryError) as caught:
+        evaluate(gate, four.resolve("ink@2"), {})
+    assert message in str(caught.value)
+
+
+def test_promotion_refusal_and_force_are_recorded(four: Registry, make_lora: Any) -> None:
+    gate = "kid < prod.kid"
+    promote(four, "ink@3", "prod", gate)
+    with pytest.raises(RegistryError, match=r"ink@1 is not promoted to prod: kid < prod.kid \(4 <"):
+        promote(four, "ink@1", "prod", gate)
+    assert four.resolve("ink@prod").version == 3
+    promote(four, "ink@1", "prod", gate, force=True, reason="the new one is too dark")
+    texts = [event.text for event in log(four, "ink")]
+    assert texts[:4] == [f"push ink@{number}" for number in range(1, 5)]
+    assert sorted(texts[4:]) == [
+        "promote ink@prod: ink@1, forced",
+        "promote ink@prod: ink@3",
+        "refuse ink@1 as prod",
+    ]
+    assert history(four, "ink", "prod")[-1].facts == {
+        "gate": gate,
+        "passed": False,
+        "comparisons": ["kid < prod.kid (4 < 2) does not hold"],
+        "forced": True,
+    }
+    four.push("ink", make_lora(seed=7), metrics={"kid": 0.1}, evaluation={"prompts": 64})
+    with pytest.raises(RegistryError, match="were measured differently"):
+        promote(four, "ink@5", "prod", gate)
