@@ -16,6 +16,8 @@ from PIL import Image
 
 from weights import lora_files
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 INK = ROOT / "assets" / "emoji-ink"
 PROMPTS = ["ink emoji of cat", "ink emoji of fish", "ink emoji of bell"]
