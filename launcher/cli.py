@@ -12,7 +12,7 @@ import click
 from launcher.doctor_command import doctor
 from launcher.rank_table import rank_table
 from launcher.submit_command import submit
-from registry.cli import OneSentenceGroup
+from registry.command_line import OneSentenceGroup
 
 
 class Launch(OneSentenceGroup):

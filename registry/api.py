@@ -38,13 +38,13 @@ _MAX_ATTEMPTS = 1000
 
 
 def open_registry(
-    location: str, *, endpoint_url: str | None = None, offline: bool = False
+    location: str, *, endpoint_url: str | None = None, offline: bool | None = None
 ) -> Registry:
     """The registry in the folder, or at the `s3://bucket/prefix`, ``location``.
 
     The first push creates it. ``endpoint_url`` is that of an S3 server which is not AWS's; without
     it boto3's own settings count (AWS_ENDPOINT_URL_S3, ~/.aws/config). ``offline`` reads what the
-    cache has and asks no server.
+    cache has and asks no server; by default if LORA_REGISTRY_OFFLINE is set.
 
     Raises ``RegistryError`` if ``location`` is empty or neither of them.
     """
@@ -60,6 +60,13 @@ def open_registry(
         from registry.s3 import S3Store
         from registry.s3_client import parse_place
 
+        if offline is None:
+            offline = bool(os.environ.get("LORA_REGISTRY_OFFLINE"))
+        endpoint_url = (
+            endpoint_url
+            or os.environ.get("AWS_ENDPOINT_URL_S3")
+            or os.environ.get("AWS_ENDPOINT_URL")
+        )
         return Registry(S3Store(parse_place(location, endpoint_url), default_cache(offline)))
     return Registry(FolderStore(Path(location).expanduser()))
 
@@ -161,7 +168,7 @@ class Registry:
         """
         check_name(name)
         draft = _draft(name, Path(file), metrics, metadata, evaluation)
-        self._create()
+        self.create()
         entry = draft.files[0]
         key, mark = blob_key(entry), f"garbage/{entry.sha256}"
         # Written anew it is too young for a gc that has marked it and is about to remove it.
@@ -278,7 +285,9 @@ class Registry:
             )
         return exists
 
-    def _create(self) -> None:
+    def create(self) -> None:
+        """Make the registry if there is none. Raises ``RegistryError`` if something else is there
+        or it cannot be written."""
         if not self._exists():
             document = json.dumps({"format_version": _FORMAT_VERSION}).encode()
             self.store.put_if_absent("registry.json", document)

@@ -70,6 +70,11 @@ def probe(store: S3Store) -> Probe:
     return Probe("claims", found, refused)
 
 
+def probe_anew(store: S3Store) -> Probe:
+    """The same, remembered for this machine."""
+    return _remember(store, probe(store))
+
+
 def _tried(store: S3Store, create: Create) -> str:
     from botocore.exceptions import ClientError
 

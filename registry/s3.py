@@ -159,6 +159,18 @@ class S3Store:
             )
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
 
+    def probe(self) -> dict[str, str]:
+        from registry.creation import probe_anew
+
+        found = probe_anew(self)
+        self._create = None
+        way = {
+            "claims": "claim, list, write: slower, and safe as long as a listing shows what was "
+            "written",
+        }.get(found.way, f"created by a PUT with {found.way}")
+        tried = "; ".join(f"{name}: {verdict}" for name, verdict in found.found.items())
+        return {"server": self.place.words, "versions": way, "tried": tried}
+
     def put(self, key: str, data: bytes, **conditions: str) -> None:
         """Write a small object, whatever is there. Raises botocore's errors."""
         self._client.put_object(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -90,6 +91,10 @@ class Store(Protocol):
 
     def now(self) -> datetime:
         """The time by the store's clock."""
+
+    def probe(self) -> dict[str, str]:
+        """What the store was found to do, in words. Raises ``RegistryError`` if it cannot be
+        written."""
 
 
 class FolderStore:
@@ -200,6 +205,18 @@ class FolderStore:
     def delete(self, key: str) -> None:
         with os_errors(f"remove from the registry {self.location}"):
             (self.folder / key).unlink(missing_ok=True)
+
+    def probe(self) -> dict[str, str]:
+        key = f"probe/{uuid.uuid4().hex}"
+        try:
+            if not self.put_if_absent(key, b"first") or self.put_if_absent(key, b"second"):
+                raise RegistryError(
+                    f"the file system of {self.location} gives one name to two files; put the "
+                    "registry on another one"
+                )
+        finally:
+            self.delete(key)
+        return {"versions": "a hard link for each: racing pushes get different numbers"}
 
     def now(self) -> datetime:
         with (

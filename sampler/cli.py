@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli import OneSentenceErrors
+from registry.command_line import OneSentenceErrors
 
 if TYPE_CHECKING:
     from diffusion.config import ModelConfig
