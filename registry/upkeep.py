@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from registry.api import Registry, blob_key
 from registry.errors import RegistryError
@@ -56,6 +58,27 @@ def verify(
     return found
 
 
+def copy_version(source: Registry, reference: str, destination: Registry) -> Manifest:
+    """Publish a version in another registry, as its next version there, with where it is from.
+
+    Raises RegistryError as fetch and push do.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = source.pull(reference, folder)
+        manifest = source.resolve(reference)
+        metrics: dict[str, Any] = dict(manifest.metrics)
+        for key, (lower, upper) in manifest.intervals.items():
+            metrics[key] = {"value": metrics[key], "lower": lower, "upper": upper}
+        origin = {"registry": source.location, "version": manifest.reference}
+        return destination.push(
+            manifest.name,
+            path,
+            metrics=metrics,
+            metadata={**manifest.metadata, "copied_from": origin},
+            evaluation=manifest.evaluation,
+        )
+
+
 def collect(registry: Registry, *, dry_run: bool = True, grace: timedelta = GRACE) -> list[Garbage]:
     """Remove the files that no version needs, in two phases.
 
@@ -78,7 +101,7 @@ def collect(registry: Registry, *, dry_run: bool = True, grace: timedelta = GRAC
             if mark is not None and not dry_run:
                 store.delete(mark.key)
             continue
-        due = mark is not None and now - max(mark.modified, blob.modified) > grace
+        due = mark is not None and now - max(mark.modified, blob.modified) >= grace
         found.append(Garbage(blob.key, blob.size, due))
         if dry_run:
             continue

@@ -251,7 +251,7 @@ def test_show_json_is_the_manifest(invoke: Invoke, loras: Registry, lora: Path) 
         (["show", "ink@1.0"], "is not a version"),
         (["pull", "Ink", "--out", "."], "is not a model name"),
         (["pull", "ink"], "Missing option '--out'. See 'main pull --help'."),
-        (["pull"], "Missing argument 'NAME[@VERSION]'."),
+        (["pull"], "Missing argument 'NAME[@VERSION|@ALIAS|@sha256:…]'."),
         (["show", "ink", "--colour"], "No such option"),
         (["--colour"], "No such option"),
         (["publish"], "No such command 'publish'."),
