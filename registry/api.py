@@ -274,9 +274,10 @@ class Registry:
             self._require()
 
     def _exists(self) -> bool:
-        # Everything else is written after registry.json, so whoever sees other names first and
-        # then no registry.json is not looking at a registry being created.
-        others = self.store.names("")
+        # But for what a store needs to create it, everything is written after registry.json, so
+        # whoever sees other names first and then no registry.json is not looking at a registry
+        # being created.
+        others = set(self.store.names("")) - {"probe", "claims"}
         exists = self.store.read("registry.json") is not None
         if others and not exists:
             raise RegistryError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,9 +43,8 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Regist
         values = {**server.environment, "LORA_REGISTRY_CACHE": str(tmp_path / "cache")}
         for key, value in {**values, **environment}.items():
             monkeypatch.setenv(key, value)
-        return open_registry(
-            f"s3://loras/{prefix or tmp_path.name.replace('[', '').replace(']', '')}"
-        )
+        own = "".join(c for c in tmp_path.name if c.isalnum() or c == "_")
+        return open_registry(f"s3://loras/{prefix or own}")
 
     return begin
 
@@ -209,3 +209,59 @@ def test_who_may_only_read(
     assert reader.pull("ink", tmp_path / "out").read_bytes() == lora.read_bytes()
     with pytest.raises(RegistryError, match="no permission to write objects"):
         reader.push("ink", lora)
+
+
+PUSH_WHEN_TOLD = """
+import sys
+from registry.api import open_registry
+from weights import files  # the slow import comes before the start
+location, lora, writer, turns = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+for turn in range(int(turns)):
+    manifest = open_registry(location).push("ink", lora, metadata={"writer": writer, "turn": turn})
+    print(manifest.version, flush=True)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["undisturbed", "one is killed"])
+def test_racing_pushes_get_different_versions(
+    server: Server,
+    use: Callable[..., Registry],
+    make_lora: Callable[..., Path],
+    spawn: Callable[..., subprocess.Popen[str]],
+    killed: bool,
+) -> None:
+    loras, turns = use(server), 3
+    writers = [
+        spawn(PUSH_WHEN_TOLD, loras.location, make_lora(f"{k // 2}.safetensors", k // 2), k, turns)
+        for k in range(5)
+    ]
+    for process in writers:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in writers:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    if killed:
+        victim = writers.pop()
+        assert victim.stdout is not None
+        victim.stdout.readline()
+        victim.kill()
+        victim.wait()
+    owners: dict[int, tuple[str, int]] = {}
+    for writer, process in enumerate(writers):
+        output, errors = process.communicate(timeout=250)
+        assert process.returncode == 0, errors
+        for turn, version in enumerate(map(int, output.split())):
+            assert version not in owners
+            owners[version] = (str(writer), turn)
+    found = loras.versions("ink")
+    assert found == list(range(1, len(found) + 1))
+    assert set(owners) <= set(found)
+    assert len(found) - len(owners) <= (turns if killed else 0)
+    for version, (writer_id, turn) in owners.items():
+        manifest = loras.resolve(f"ink@{version}")
+        assert manifest.metadata == {"writer": writer_id, "turn": turn}
+        loras.check(manifest)
