@@ -20,13 +20,7 @@ SET, PROMOTE, ROLLBACK, REMOVE = "set", "promote", "rollback", "remove"
 
 def aliases(registry: Registry, name: str) -> dict[str, LogEntry]:
     """What each alias of a model means now. Raises RegistryError if there is no such model."""
-    registry.versions(name)
-    found = {}
-    for alias in registry.store.names(f"models/{name}/aliases"):
-        entry = logs.last(registry.store, alias_folder(name, alias))
-        if entry is not None and entry.version is not None:
-            found[alias] = entry
-    return found
+    return registry.model(name).aliases
 
 
 def history(registry: Registry, name: str, alias: str) -> list[LogEntry]:
@@ -54,9 +48,10 @@ def set_alias(
     Raises RegistryError if the alias is malformed, or there is no such version or it is yanked.
     """
     check_alias(alias)
-    if version not in registry.versions(name):
+    model = registry.model(name)
+    if version not in model.versions:
         raise RegistryError(f"{name} has no version {version}; see lora-registry show {name}")
-    yanked = registry.yanked(name).get(version)
+    yanked = model.yanked.get(version)
     if yanked is not None:
         raise RegistryError(f"{name}@{version} is yanked: {yanked}; choose another version")
     fields = {"action": action, "version": version, "reason": reason, "facts": facts or {}}
@@ -81,7 +76,8 @@ def rollback(registry: Registry, name: str, alias: str, *, reason: str = "") -> 
     Raises RegistryError if it never meant anything else, or that version is removed or yanked.
     """
     check_alias(alias)
-    versions, yanked = registry.versions(name), registry.yanked(name)
+    model = registry.model(name)
+    versions, yanked = model.versions, model.yanked
 
     def decide(before: list[LogEntry]) -> dict[str, Any]:
         if not before:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from registry.errors import RegistryError, os_errors
-from registry.files import written_beside
 
 _FOLDER = "LORA_REGISTRY_CACHE"
 _LIMIT = "LORA_REGISTRY_CACHE_GB"
@@ -62,14 +62,22 @@ class Cache:
         finally:
             os.close(lock)
 
-    def document(self, place: str, key: str) -> Path:
-        """Where an object that never changes is kept."""
-        return self.folder / "documents" / hashlib.sha256(place.encode()).hexdigest()[:16] / key
+    def documents(self, place: str, id: str = "") -> Path:
+        """Where documents of a place are kept, and there those of the registry with this id."""
+        return self.folder / "documents" / hashlib.sha256(place.encode()).hexdigest()[:16] / id
 
-    def write(self, path: Path, data: bytes) -> None:
-        """Write a small file of the cache, whole or not at all. Raises OSError."""
-        with written_beside(path, lambda file: file.write(data)) as temporary:
+    def keep(self, path: Path, data: bytes) -> None:
+        """Write a document, whole or not at all; one lost with the power is fetched again.
+
+        Raises OSError.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(data)
             os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def upload_record(self, name: str) -> Path:
         """Where an upload that has begun is noted."""

@@ -49,3 +49,8 @@ def missing(path: Path, size: int, sha256s: Sequence[str]) -> list[Chunk]:
             if hashlib.sha256(file.read(chunk.size)).hexdigest() != sha256:
                 found.append(chunk)
     return found
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(data).hexdigest()

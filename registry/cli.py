@@ -11,18 +11,18 @@ import click
 
 from registry.command_line import (
     OneSentenceGroup,
-    human_size,
     open_named,
-    plain,
+    print_json,
+    read_text,
     registry_options,
-    section,
-    table,
     transfer,
 )
 from registry.errors import RegistryError, os_errors
 from registry.life_commands import alias, compare, history, log, promote
-from registry.upkeep_commands import copy, doctor, gc, init, rm, unyank, verify, yank
-from registry.weight_commands import export, extract, inspect, merge, resize
+from registry.look_commands import card, list_, show
+from registry.upkeep_commands import copy, doctor, gc, init, key, rm, unyank, verify, yank
+from registry.weight_commands import export, extract, import_, inspect, merge, resize
+from registry.words import human_size
 
 if TYPE_CHECKING:
     from registry.api import Manifest
@@ -53,7 +53,14 @@ def main(ctx: click.Context) -> None:
     "metrics_file",
     type=click.Path(path_type=Path),
     metavar="FILE.json",
-    help="Scores: a JSON object of numbers.",
+    help="Scores: a JSON object of numbers, or of value, lower and upper.",
+)
+@click.option(
+    "--evaluation",
+    "evaluation_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="How they were measured: a JSON object. Gates compare only what agrees in it.",
 )
 @click.option(
     "--set",
@@ -62,12 +69,46 @@ def main(ctx: click.Context) -> None:
     multiple=True,
     help="Lineage, kept as text; may be repeated.",
 )
+@click.option("--trigger", "triggers", metavar="WORDS", multiple=True, help="To be in the prompt.")
+@click.option("--licence", metavar="NAME", help="Under which it may be used, such as apache-2.0.")
+@click.option("--tag", "tags", metavar="WORD", multiple=True, help="For `list --tag`.")
+@click.option(
+    "--sample",
+    "samples",
+    type=click.Path(path_type=Path),
+    metavar="PNG",
+    multiple=True,
+    help="A picture that it drew; may be repeated.",
+)
+@click.option(
+    "--card",
+    "card_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.md",
+    help="Its page; default: written from the facts.",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["size", "full"]),
+    default="size",
+    show_default=True,
+    help="full reads every byte back.",
+)
+@click.option("--later", is_flag=True, help="Keep it on this machine until `lora-registry sync`.")
 @registry_options
 def push(
     file: Path,
     name: str,
     metrics_file: Path | None,
+    evaluation_file: Path | None,
     settings: Sequence[str],
+    triggers: Sequence[str],
+    licence: str | None,
+    tags: Sequence[str],
+    samples: Sequence[Path],
+    card_file: Path | None,
+    verify: str,
+    later: bool,
     location: str | None,
     as_json: bool,
 ) -> None:
@@ -76,21 +117,57 @@ def push(
     \b
     Example:
       lora-registry push out/lora.safetensors emoji-ink --registry ~/loras \\
-          --metrics out/scores.json --set base=sd15 --set dataset=emoji-200
+          --metrics out/scores.json --trigger "ink drawing" --licence apache-2.0 \\
+          --sample out/penguin.png --set base=sd15 --set dataset=emoji-200
     """
     registry = open_named(location)
-    metrics = _read_metrics(metrics_file) if metrics_file else {}
+    metadata = _parse_settings(settings)
+    given = {"trigger_words": [*triggers], "licence": licence, "tags": [*tags]}
+    facts: dict[str, Any] = {
+        "metrics": _read_object(metrics_file, 'numbers such as {"fid": 41.5}'),
+        "evaluation": _read_object(evaluation_file, 'facts such as {"images": 500}'),
+        "metadata": {**metadata, **{word: value for word, value in given.items() if value}},
+        "samples": samples,
+        "card": read_text(card_file) if card_file else None,
+    }
+    if later:
+        from registry import queue
+
+        folder = queue.add(registry.location, name, file, **facts)
+        click.echo(f"{file} waits; send it with: lora-registry sync", err=True)
+        click.echo(json.dumps({"queued": str(folder)}) if as_json else folder)
+        return
     with transfer("pushing", file.stat().st_size if file.is_file() else 0) as progress:
-        manifest = registry.push(
-            name,
-            file,
-            metrics=metrics,
-            metadata=_parse_settings(settings),
-            progress=progress,
-        )
+        manifest = registry.push(name, file, **facts, progress=progress)
+    if verify == "full":
+        registry.check(manifest)
     size = human_size(manifest.files[0].size)
     click.echo(f"pushed {file} ({size}) to {registry.location}", err=True)
     click.echo(_as_json(manifest) if as_json else manifest.reference)
+
+
+@main.command()
+@registry_options
+def sync(location: str | None, as_json: bool) -> None:
+    """Send the pushes that wait on this machine (push --later), and print what they became.
+
+    \b
+    Example:
+      lora-registry sync --registry s3://bucket/loras
+    """
+    from registry import queue
+
+    registry = open_named(location)
+    jobs, sent = queue.waiting(registry.location), []
+    for folder in jobs:
+        with transfer(f"pushing {queue.read(folder).name}", 0) as progress:
+            sent.append(queue.send(registry, folder, progress))
+        if not as_json:
+            click.echo(sent[-1].reference)
+    if as_json:
+        print_json([manifest.reference for manifest in sent])
+    elif not jobs:
+        click.echo(f"nothing waits for {registry.location}", err=True)
 
 
 @main.command()
@@ -102,12 +179,14 @@ def push(
     required=True,
     help="Folder to write into; made if need be.",
 )
+@click.option("--all", "everything", is_flag=True, help="Its card and pictures too.")
 @click.option("--overwrite", is_flag=True, help="Replace another file of the same name.")
 @click.option("--force", is_flag=True, help="Also if the version is yanked.")
 @registry_options
 def pull(
     reference: str,
     out: Path,
+    everything: bool,
     overwrite: bool,
     force: bool,
     location: str | None,
@@ -121,11 +200,17 @@ def pull(
     """
     registry = open_named(location)
     manifest = registry.resolve(reference)
-    entry = manifest.files[0]
-    with transfer("pulling", entry.size) as progress:
+    wanted = manifest.files if everything else manifest.files[:1]
+    with transfer("pulling", sum(entry.size for entry in wanted)) as progress:
         path = registry.pull(
-            manifest.reference, out, overwrite=overwrite, yanked=force, progress=progress
+            manifest.reference,
+            out,
+            overwrite=overwrite,
+            everything=everything,
+            yanked=force,
+            progress=progress,
         )
+    entry = manifest.files[0]
     click.echo(f"{manifest.reference} verified, sha256 {entry.sha256}", err=True)
     if as_json:
         result = {
@@ -135,76 +220,26 @@ def pull(
             "sha256": entry.sha256,
             "size": entry.size,
         }
-        click.echo(json.dumps(result, indent=2))
+        print_json(result)
     else:
         click.echo(path)
 
 
-@main.command("list")
-@registry_options
-def list_(location: str | None, as_json: bool) -> None:
-    """List the models, each with its newest version.
-
-    \b
-    Example:
-      lora-registry list --registry ~/loras
-    """
-    registry = open_named(location)
-    newest = [(registry.resolve(name), len(registry.versions(name))) for name in registry.names()]
-    if as_json:
-        rows = [
-            {
-                "name": manifest.name,
-                "latest": manifest.version,
-                "versions": count,
-                "created": manifest.model_dump(mode="json")["created"],
-                "size": manifest.files[0].size,
-                "metrics": manifest.metrics,
-            }
-            for manifest, count in newest
-        ]
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
-    elif newest:
-        header = ("name", "latest", "versions", "created (UTC)", "size", "metrics")
-        click.echo(table([header, *(_row(manifest, count) for manifest, count in newest)]))
-    else:
-        click.echo(f"the registry {registry.location} has no models yet", err=True)
-
-
-@main.command()
-@click.argument("reference", metavar="NAME[@VERSION]")
-@registry_options
-def show(reference: str, location: str | None, as_json: bool) -> None:
-    """Show the files, digests, scores and lineage of a version.
-
-    \b
-    Example:
-      lora-registry show emoji-ink@1 --registry ~/loras
-    """
-    manifest = open_named(location).resolve(reference)
-    if as_json:
-        click.echo(_as_json(manifest))
-        return
-    click.echo(manifest.reference)
-    click.echo(f"created {manifest.created:%Y-%m-%d %H:%M:%S} UTC")
-    section("files", [(file.path, human_size(file.size), file.sha256) for file in manifest.files])
-    section("metrics", [(key, f"{value:g}") for key, value in manifest.metrics.items()])
-    section("metadata", [(key, plain(value)) for key, value in manifest.metadata.items()])
-
-
-def _read_metrics(path: Path) -> dict[str, Any]:
+def _read_object(path: Path | None, words: str) -> dict[str, Any]:
+    if path is None:
+        return {}
     try:
-        with os_errors("read the metrics"):
-            metrics = json.loads(path.read_text(encoding="utf-8"))
+        with os_errors(f"read {path.name}"):
+            found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RegistryError(f"{path} is not JSON ({error}); correct it") from error
-    if not isinstance(metrics, dict):
-        raise RegistryError(f'{path} should hold a JSON object of numbers such as {{"fid": 41.5}}')
-    return metrics
+    if not isinstance(found, dict):
+        raise RegistryError(f"{path} should hold a JSON object of {words}")
+    return found
 
 
-def _parse_settings(settings: Sequence[str]) -> dict[str, str]:
-    metadata: dict[str, str] = {}
+def _parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not (key and equals):
@@ -219,21 +254,11 @@ def _as_json(manifest: Manifest) -> str:
     return manifest.model_dump_json(indent=2)
 
 
-def _row(manifest: Manifest, count: int) -> tuple[str, ...]:
-    return (
-        manifest.name,
-        str(manifest.version),
-        str(count),
-        f"{manifest.created:%Y-%m-%d %H:%M}",
-        human_size(manifest.files[0].size),
-        " ".join(f"{key}={value:.4g}" for key, value in manifest.metrics.items()),
-    )
-
-
 for command in (
+    *(list_, show, card),
     *(alias, promote, compare, history, log),
-    *(verify, yank, unyank, rm, gc, copy, init, doctor),
-    *(inspect, export, merge, resize, extract),
+    *(verify, yank, unyank, rm, gc, copy, init, doctor, key),
+    *(inspect, export, import_, merge, resize, extract),
 ):
     main.add_command(command)
 

@@ -10,11 +10,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from registry.errors import RegistryError
+from registry.errors import RegistryError, os_errors
+from registry.words import human_size
 
 if TYPE_CHECKING:
     from registry.api import Registry
@@ -123,6 +125,15 @@ def open_named(location: str | None) -> Registry:
     return open_registry(location)
 
 
+def read_text(path: Path) -> str:
+    """Of a file that the user names. Raises RegistryError if it cannot be read."""
+    try:
+        with os_errors(f"read {path.name}"):
+            return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RegistryError(f"{path} is not UTF-8 text; save it as that") from error
+
+
 def print_json(value: Any) -> None:
     """To stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
@@ -174,11 +185,3 @@ def plain(value: Any, most: int = 200) -> str:
     if not text.isprintable():
         text = json.dumps(text, ensure_ascii=False)
     return text if len(text) <= most else f"{text[:most]}…"
-
-
-def human_size(size: int) -> str:
-    """Bytes in words."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} B"

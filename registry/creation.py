@@ -201,7 +201,7 @@ def _claimed(store: S3Store, key: str, data: bytes, refused: bool) -> bool:
 
 
 def _remembered(store: S3Store) -> Probe | None:
-    path = store.cache.document(store.place.words, "probe.json")
+    path = store.cache.documents(store.place.words) / "probe.json"
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         if time.time() - path.stat().st_mtime < _PROBE_DAYS * 86400:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -210,7 +210,7 @@ def _remembered(store: S3Store) -> Probe | None:
 
 
 def _remember(store: S3Store, found: Probe) -> Probe:
-    path = store.cache.document(store.place.words, "probe.json")
+    path = store.cache.documents(store.place.words) / "probe.json"
     with os_errors(f"write to the cache {store.cache.folder}"):
-        store.cache.write(path, json.dumps(asdict(found)).encode())
+        store.cache.keep(path, json.dumps(asdict(found)).encode())
     return found

@@ -1,9 +1,14 @@
-"""The one exception of the registry."""
+"""The one exception of the registry, and what others raise in its words."""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class RegistryError(Exception):
@@ -25,3 +30,12 @@ def os_errors(action: str) -> Iterator[None]:
             f"cannot {action}: {where}{error.strerror}; "
             "check the path, its permissions and the free space"
         ) from error
+
+
+def problems(error: ValidationError) -> str:
+    """The findings of pydantic in one line: ``metrics.fid: Input should be ..., found 'x'``."""
+    return "; ".join(
+        f"{'.'.join(map(str, finding['loc'])) or 'whole document'}: "
+        f"{finding['msg']}, found {reprlib.repr(finding['input'])}"
+        for finding in error.errors(include_url=False)
+    )

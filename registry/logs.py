@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from registry import documents, signing
 from registry.errors import RegistryError
 from registry.store import Store
 
@@ -28,6 +29,8 @@ class LogEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format_version: Literal[1] = 1
+    place: str
+    """Its own key, so that an entry counts nowhere else."""
     action: Annotated[str, Field(pattern=r"^[a-z-]+$")]
     version: Annotated[int, Field(ge=1)] | None = None
     """What an alias means from now on, None for nothing; what else was acted on."""
@@ -38,6 +41,8 @@ class LogEntry(BaseModel):
     at: AwareDatetime
     id: Annotated[str, Field(min_length=1)]
     """Random: a writer tells by it whether an entry is its own."""
+    signature: str | None = None
+    """By whom it is vouched for; see registry.signing."""
 
 
 def who() -> str:
@@ -51,13 +56,13 @@ def who() -> str:
 
 def entries(store: Store, folder: str) -> list[LogEntry]:
     """All entries of a log, oldest first. Raises RegistryError if one cannot be read."""
-    return [_read(store, folder, number) for number in _numbers(store, folder)]
+    return [read(store, folder, number) for number in _numbers(store, folder)]
 
 
 def last(store: Store, folder: str) -> LogEntry | None:
     """The newest entry."""
     numbers = _numbers(store, folder)
-    return _read(store, folder, numbers[-1]) if numbers else None
+    return read(store, folder, numbers[-1]) if numbers else None
 
 
 def append(
@@ -66,22 +71,30 @@ def append(
     """Add an entry after those that are there, whoever else adds one at the same time.
 
     `decide` is given them and says the fields of the next one; again, if somebody else was faster.
-    Raises RegistryError if the values are no entry, or the store fails.
+    It is signed if the user has a key. Raises RegistryError if the values are no entry, or the
+    store fails.
     """
+    key = signing.own_key()
     for _ in range(_ATTEMPTS):
         numbers = _numbers(store, folder)
-        before = [_read(store, folder, number) for number in numbers]
+        before = [read(store, folder, number) for number in numbers]
+        number = (numbers[-1] if numbers else 0) + 1
+        place = _key(folder, number)
         try:
-            entry = LogEntry(by=who(), at=now, id=uuid.uuid4().hex, **decide(before))
+            entry = LogEntry(place=place, by=who(), at=now, id=uuid.uuid4().hex, **decide(before))
         except ValidationError as error:
             first = error.errors()[0]
             raise RegistryError(f"{first['loc'][0]}: {first['msg']}; correct it") from error
-        number = (numbers[-1] if numbers else 0) + 1
-        if store.put_if_absent(_key(folder, number), entry.model_dump_json(indent=2).encode()):
-            return entry
+        taken = not store.put_if_absent(place, documents.sealed(entry, key))
         # A store that lost the reply to a write and wrote again finds its own.
-        if _read(store, folder, number).id == entry.id:
-            return entry
+        found = read(store, folder, number, fresh=True)
+        if found.id == entry.id:
+            return found
+        if not taken:
+            raise RegistryError(
+                f"{place}: the registry {store.location} gives something else than was written; it "
+                "cannot be trusted"
+            )
     raise RegistryError(f"no place in {folder} after {_ATTEMPTS} attempts; check the registry")
 
 
@@ -90,18 +103,16 @@ def _numbers(store: Store, folder: str) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def _read(store: Store, folder: str, number: int) -> LogEntry:
+def read(store: Store, folder: str, number: int, fresh: bool = False) -> LogEntry:
+    """An entry. Raises RegistryError if it is not there or not that of this place."""
     key = _key(folder, number)
-    document = store.read(key)
-    if document is None:
-        raise RegistryError(f"{key} vanished from the registry {store.location}; try again")
-    try:
-        return LogEntry.model_validate_json(document)
-    except ValidationError as error:
+    entry = documents.read(store, key, LogEntry, "an entry", fresh)
+    if entry.place != key:
         raise RegistryError(
-            f"{key} in the registry {store.location} is not an entry that this program can read; "
-            "restore it, or use a newer lora-registry"
-        ) from error
+            f"{key} in the registry {store.location} is the entry of {entry.place}; restore the "
+            "one that was there"
+        )
+    return entry
 
 
 def _key(folder: str, number: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,7 +12,6 @@ from pydantic import (
     Field,
     FiniteFloat,
     JsonValue,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
@@ -40,8 +38,8 @@ class Manifest(BaseModel):
     """One published version. It never changes once it can be read.
 
     ``push_id`` is random and tells a push that meets an existing manifest whether it is its own.
-    The first of ``files`` is the LoRA. ``metadata`` is the lineage given by the publisher: base
-    model, data set, configuration, trainer version.
+    The first of ``files`` is the LoRA, then come its card and pictures. ``metadata`` is the lineage
+    given by the publisher: base model, data set, configuration, trainer version.
     """
 
     model_config = _STRICT
@@ -58,7 +56,11 @@ class Manifest(BaseModel):
     evaluation: dict[str, JsonValue] = {}
     """How the metrics were measured. Only what was measured alike is compared."""
     metadata: dict[str, JsonValue]
+    header: dict[str, str] = {}
+    """What the LoRA's own header says of its base, trigger words and training."""
     pushed_by: str = ""
+    signature: str | None = None
+    """By whom it is vouched for; see registry.signing."""
 
     @field_validator("metadata", "evaluation")
     @classmethod
@@ -81,12 +83,3 @@ class Manifest(BaseModel):
     def reference(self) -> str:
         """``name@version``."""
         return f"{self.name}@{self.version}"
-
-
-def problems(error: ValidationError) -> str:
-    """The findings of pydantic in one line: ``metrics.fid: Input should be ..., found 'x'``."""
-    return "; ".join(
-        f"{'.'.join(map(str, finding['loc'])) or 'whole document'}: "
-        f"{finding['msg']}, found {reprlib.repr(finding['input'])}"
-        for finding in error.errors(include_url=False)
-    )

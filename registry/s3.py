@@ -13,17 +13,18 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry.cache import Cache
 from registry.chunks import CHUNK_BYTES, Chunk, chunks_of, missing
 from registry.errors import RegistryError, os_errors
 from registry.s3_client import THREADS, Place, content_md5, make_client
 from registry.s3_errors import code_of, s3_errors, status_of
-from registry.store import Entry, Progress, silent
+from registry.settings import Settings
+from registry.store import MAX_DOCUMENT_BYTES, Entry, FolderStore, Progress, silent
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _ABSENT = ("NoSuchKey", "404", "NotFound")
+_CHEAP_BYTES = 1 << 20
+"""So much is sent sooner than it is asked whether it is there."""
+_PROTECTED = ("blobs/", "models/", "registry.json")
+"""What is encrypted and locked, if the registry is to be; the rest comes and goes."""
 
 
 class S3Store:
@@ -43,12 +48,29 @@ class S3Store:
         self._client = client or make_client(place)
         self._variants: dict[str, S3Client] = {}
         self._create: Callable[[str, bytes], bool] | None = None
+        self._settings = Settings()
+        self._cached: Path | None = None
+        """Where documents of this registry, and no other at its place, are kept."""
 
     @property
     def location(self) -> str:
         return self.place.location
 
+    def use(self, settings: Settings) -> None:
+        self._settings = settings
+        self._cached = self.cache.documents(self.place.words, settings.id)
+
+    def known(self, prefix: str) -> list[str]:
+        if self._cached is None:
+            return []
+        with contextlib.suppress(FileNotFoundError):
+            found = os.listdir(self._cached / prefix)
+            return sorted(name for name in found if not name.startswith("."))
+        return []
+
     def names(self, prefix: str) -> list[str]:
+        if self.cache.offline:
+            return self.known(prefix)
         folder = self._key(prefix.strip("/") + "/" if prefix else "")
         found = []
         with self.errors("list the bucket"):
@@ -62,6 +84,10 @@ class S3Store:
         return sorted(name for name in found if name)
 
     def entries(self, prefix: str) -> Iterator[Entry]:
+        if self.cache.offline:
+            if self._cached is not None:
+                yield from FolderStore(self._cached).entries(prefix)
+            return
         with self.errors("list the bucket"):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.place.bucket, Prefix=self._key(prefix)
@@ -71,7 +97,28 @@ class S3Store:
                     key = item["Key"][len(self.place.prefix) :]
                     yield Entry(key, item["Size"], item["LastModified"])
 
-    def read(self, key: str) -> bytes | None:
+    def read(self, key: str, fresh: bool = False) -> bytes | None:
+        """See Store. What is under models/ never changes, and is kept."""
+        path, lasting = self._kept_at(key), key != "registry.json" and not fresh
+        if path is not None and (self.cache.offline or lasting):
+            with contextlib.suppress(FileNotFoundError), os_errors("read the cache"):
+                return path.read_bytes()
+        if self.cache.offline:
+            return None
+        data = self._get(key)
+        if path is not None and data is not None:
+            with os_errors(f"write to the cache {self.cache.folder}"):
+                self.cache.keep(path, data)
+        return data
+
+    def _kept_at(self, key: str) -> Path | None:
+        if key == "registry.json":
+            return self.cache.documents(self.place.words) / key
+        if self._cached is not None and key.startswith("models/"):
+            return self._cached / key
+        return None
+
+    def _get(self, key: str) -> bytes | None:
         from botocore.exceptions import ClientError
 
         with self.errors("read objects"):
@@ -82,9 +129,10 @@ class S3Store:
                     return None
                 raise
             with contextlib.closing(answer["Body"]) as body:
-                return body.read()
+                return body.read(MAX_DOCUMENT_BYTES + 1)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
+        self._ask_nobody_offline()
         if self._create is None:
             from registry.creation import creation
 
@@ -99,8 +147,9 @@ class S3Store:
         progress: Progress = silent,
         anew: bool = False,
     ) -> None:
+        self._ask_nobody_offline()
         with self.errors("write objects"):
-            if not anew and self.size(key) == entry.size:
+            if entry.size > _CHEAP_BYTES and not anew and self.size(key) == entry.size:
                 progress(entry.size)
                 return
             if entry.size <= CHUNK_BYTES:
@@ -173,30 +222,54 @@ class S3Store:
 
     def put(self, key: str, data: bytes, **conditions: str) -> None:
         """Write a small object, whatever is there. Raises botocore's errors."""
-        self._client.put_object(
-            Bucket=self.place.bucket,
-            Key=self._key(key),
-            Body=data,
-            ContentMD5=content_md5(data),
-            **conditions,  # type: ignore[arg-type]
-        )
+        self._put(self._client, key, data, conditions)
 
     def put_with_header(self, key: str, data: bytes, header: str) -> None:
         """The same with the header set to true, and signed. Raises botocore's errors."""
-        self._variant(header).put_object(
-            Bucket=self.place.bucket, Key=self._key(key), Body=data, ContentMD5=content_md5(data)
-        )
+        self._put(self._variant(header), key, data, {})
 
     def put_once(self, key: str, data: bytes, **conditions: str) -> None:
         """The same as `put`, tried once, so that it does not happen later. Raises botocore's
         errors."""
-        self._variant("").put_object(
+        self._put(self._variant(""), key, data, conditions)
+
+    def _put(self, client: S3Client, key: str, data: bytes, conditions: dict[str, str]) -> None:
+        answer = client.put_object(
             Bucket=self.place.bucket,
             Key=self._key(key),
             Body=data,
             ContentMD5=content_md5(data),
             **conditions,  # type: ignore[arg-type]
+            **self._protection(key),
         )
+        self._check_encrypted(key, answer.get("ServerSideEncryption"))
+        if self._settings.lock and key.startswith("models/"):
+            self.size(key)  # looks at the lock too
+
+    def _protection(self, key: str) -> dict[str, Any]:
+        """What a PUT asks for: encryption and lock."""
+        settings = self._settings
+        asked: dict[str, Any] = {}
+        if not key.startswith(_PROTECTED):
+            return {}
+        if settings.encryption:
+            service, colon, kms_key = settings.encryption.partition("kms:")
+            asked["ServerSideEncryption"] = f"{service}kms" if colon else settings.encryption
+            if colon:
+                asked["SSEKMSKeyId"] = kms_key
+        if settings.lock:
+            asked["ObjectLockMode"] = settings.lock
+            until = datetime.now(timezone.utc) + timedelta(days=settings.lock_days or 1)
+            asked["ObjectLockRetainUntilDate"] = until
+        return asked
+
+    def _check_encrypted(self, key: str, said: str | None) -> None:
+        asked = self._protection(key).get("ServerSideEncryption")
+        if asked and said != asked:
+            raise RegistryError(
+                f"{self.place.words}: {key} was to be encrypted with {asked}, and the server does "
+                f"{said or 'nothing'}; set up its keys, or use another one"
+            )
 
     def _variant(self, header: str) -> S3Client:
         """A client that does not try again, or one that sends a header with each PUT."""
@@ -250,7 +323,11 @@ class S3Store:
             )
             parts = [part for page in pages for part in page.get("Parts", ())]
             return upload_id, {part["PartNumber"]: part["ETag"] for part in parts}
-        upload_id = self._client.create_multipart_upload(Bucket=bucket, Key=name)["UploadId"]
+        answer = self._client.create_multipart_upload(
+            Bucket=bucket, Key=name, **self._protection(key)
+        )
+        self._check_encrypted(key, answer.get("ServerSideEncryption"))
+        upload_id = answer["UploadId"]
         record.write_text(json.dumps(upload_id), encoding="utf-8")
         return upload_id, {}
 
@@ -313,7 +390,20 @@ class S3Store:
                 if status_of(error) == 404:
                     return None
                 raise
+        lock = self._settings.lock
+        if lock and key.startswith(_PROTECTED) and found.get("ObjectLockMode") != lock:
+            raise RegistryError(
+                f"{self.place.words}: {key} was to be locked ({lock}), and the server has not; "
+                "create the bucket with object lock"
+            )
         return found["ContentLength"]
+
+    def _ask_nobody_offline(self) -> None:
+        if self.cache.offline:
+            raise RegistryError(
+                f"{self.location} cannot be written offline; leave --offline out, or queue a push "
+                "with push --later"
+            )
 
     def _key(self, key: str) -> str:
         return f"{self.place.prefix}{key}"

@@ -78,8 +78,8 @@ def remove(registry: Registry, reference: str, reason: str = "", force: bool = F
 def log(registry: Registry, name: str) -> list[Event]:
     """All that was done to a model, oldest first. Raises RegistryError if there is none."""
     store, found = registry.store, []
-    for version in registry.versions(name):
-        manifest = registry.resolve(f"{name}@{version}")
+    for manifest in registry.manifests([(name, n) for n in registry.versions(name)]):
+        version = manifest.version
         found.append(Event(manifest.created, manifest.pushed_by, f"push {name}@{version}", ""))
     for folder in store.names(f"models/{name}/states"):
         for entry in logs.entries(store, f"models/{name}/states/{folder}"):

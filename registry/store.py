@@ -17,6 +17,10 @@ from registry.files import copy_hashing, written_beside
 
 if TYPE_CHECKING:
     from registry.manifest import FileEntry
+    from registry.settings import Settings
+
+MAX_DOCUMENT_BYTES = 1 << 20
+"""No document is larger."""
 
 Progress = Callable[[int], object]
 """Is called with the number of bytes that have come further."""
@@ -49,8 +53,19 @@ class Store(Protocol):
     def names(self, prefix: str) -> list[str]:
         """The sorted names directly under ``prefix``; empty if there is nothing."""
 
-    def read(self, key: str) -> bytes | None:
-        """A small object whole, or ``None`` if it is not there."""
+    def use(self, settings: Settings) -> None:
+        """Keep to the registry's settings from now on. Raises ``RegistryError`` if that cannot
+        be."""
+
+    def known(self, prefix: str) -> list[str]:
+        """Names directly under ``prefix`` that are there, perhaps not all, without asking
+        anybody."""
+
+    def read(self, key: str, fresh: bool = False) -> bytes | None:
+        """A document, or ``None`` if it is not there; ``fresh`` is not from a cache.
+
+        Of an object that is larger than a document a byte too much is read.
+        """
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write a small object unless the key is taken, whole or not at all.
@@ -66,7 +81,7 @@ class Store(Protocol):
         progress: Progress = silent,
         anew: bool = False,
     ) -> None:
-        """Store the file ``source``, whole or not at all, unless a copy is there or with ``anew``.
+        """Store the file ``source``, whole or not at all, if need be or in any case with ``anew``.
 
         Raises ``RegistryError`` if the bytes of ``source`` are not those of ``entry``.
         """
@@ -119,10 +134,21 @@ class FolderStore:
                 return []
         return sorted(name for name in found if not name.startswith("."))
 
-    def read(self, key: str) -> bytes | None:
+    def use(self, settings: Settings) -> None:
+        if settings.encryption or settings.lock:
+            raise RegistryError(
+                f"{self.location}: a folder neither encrypts nor locks; leave it to the disk, or "
+                "put the registry on S3"
+            )
+
+    def known(self, prefix: str) -> list[str]:
+        return []
+
+    def read(self, key: str, fresh: bool = False) -> bytes | None:
         with os_errors(f"read the registry {self.location}"):
             try:
-                return (self.folder / key).read_bytes()
+                with (self.folder / key).open("rb") as file:
+                    return file.read(MAX_DOCUMENT_BYTES + 1)
             except FileNotFoundError:
                 return None
 
@@ -175,13 +201,13 @@ class FolderStore:
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         with os_errors(f"list the registry {self.location}"):
-            found = []
-            for folder, _, names in os.walk(self.folder):
+            found, root = [], str(self.folder)
+            for folder, _, names in os.walk(self.folder / prefix.rpartition("/")[0]):
+                above = folder[len(root) + 1 :].replace(os.sep, "/")
                 for name in names:
-                    path = Path(folder, name)
-                    key = path.relative_to(self.folder).as_posix()
+                    key = f"{above}/{name}" if above else name
                     if key.startswith(prefix) and not name.startswith("."):
-                        state = path.stat()
+                        state = os.stat(os.path.join(folder, name))
                         modified = datetime.fromtimestamp(state.st_mtime, timezone.utc)
                         found.append(Entry(key, state.st_size, modified))
         yield from sorted(found, key=lambda entry: entry.key)

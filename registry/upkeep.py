@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
+from registry import signing
 from registry.api import Registry, blob_key
 from registry.errors import RegistryError
 from registry.manifest import Manifest
+from registry.pages import page
+from registry.store import Entry
 
 GRACE = timedelta(days=1)
 """No push takes longer than this."""
@@ -37,35 +41,81 @@ class Garbage:
 
 def manifests(registry: Registry) -> list[Manifest]:
     """Those of all versions of all models."""
-    return [
-        registry.resolve(f"{name}@{version}")
-        for name in registry.names()
-        for version in registry.versions(name)
-    ]
+    return registry.manifests(
+        [(model.name, version) for model in registry.models() for version in model.versions]
+    )
 
 
 def verify(
-    registry: Registry, reference: str | None, told: Callable[[Manifest], object] = lambda _: None
+    registry: Registry,
+    reference: str | None,
+    told: Callable[[Manifest], object] = lambda _: None,
+    signed: bool = False,
 ) -> list[Finding]:
-    """Read back every file of a version, or of all, and compare it with its digest."""
-    found = []
-    for manifest in [registry.resolve(reference)] if reference else manifests(registry):
+    """Read back every file of a version, of all of a model, or of all, and its manifest, and
+    compare them with their digests; with `signed` also that it is, by whom the policy asks for."""
+    if reference is None:
+        versions = [(model.name, n) for model in registry.models() for n in model.versions]
+    elif "@" in reference:
+        manifest = registry.resolve(reference)
+        versions = [(manifest.name, manifest.version)]
+    else:
+        versions = [(reference, n) for n in registry.versions(reference)]
+    policy, found = signing.policy(), []
+    for name, version in versions:
         try:
+            (manifest,) = registry.manifests([(name, version)], fresh=True)
             registry.check(manifest)
         except RegistryError as error:
-            found.append(Finding(manifest.reference, str(error)))
+            found.append(Finding(f"{name}@{version}", str(error)))
+            continue
+        problem = None if manifest.signature else "is not signed"
+        if policy is not None:
+            problem = policy.problem(name, manifest.signature)
+        if signed and problem:
+            found.append(Finding(manifest.reference, problem))
         told(manifest)
+    return found
+
+
+def superfluous(
+    registry: Registry, pattern: str, keep_last: int | None, keep_best: str | None
+) -> list[str]:
+    """The versions that no rule keeps, of the models whose names fit: none without a rule.
+
+    What an alias means is always kept. Raises RegistryError if `keep_best` is not lowest:METRIC or
+    highest:METRIC.
+    """
+    best = re.fullmatch(r"(lowest|highest):(.+)", keep_best) if keep_best else None
+    if keep_best and best is None:
+        raise RegistryError(
+            f"--keep-best: expected lowest:METRIC or highest:METRIC, found {keep_best!r}"
+        )
+    if not (keep_last or best):
+        return []
+    found = []
+    for model in registry.models():
+        if not fnmatch.fnmatchcase(model.name, pattern):
+            continue
+        kept = {entry.version for entry in model.aliases.values()}
+        kept |= set(model.versions[-keep_last:]) if keep_last else set()
+        if best:
+            sign = 1 if best[1] == "lowest" else -1
+            read = registry.manifests([(model.name, n) for n in model.versions])
+            scored = [(sign * m.metrics[best[2]], m.version) for m in read if best[2] in m.metrics]
+            kept |= {min(scored)[1]} if scored else set(model.versions)
+        found += [f"{model.name}@{n}" for n in model.versions if n not in kept]
     return found
 
 
 def copy_version(source: Registry, reference: str, destination: Registry) -> Manifest:
     """Publish a version in another registry, as its next version there, with where it is from.
 
-    Raises RegistryError as fetch and push do.
+    Raises RegistryError as pull and push do.
     """
+    manifest = source.resolve(reference)
     with tempfile.TemporaryDirectory() as folder:
-        path = source.pull(reference, folder)
-        manifest = source.resolve(reference)
+        path = source.pull(manifest.reference, folder, everything=True)
         metrics: dict[str, Any] = dict(manifest.metrics)
         for key, (lower, upper) in manifest.intervals.items():
             metrics[key] = {"value": metrics[key], "lower": lower, "upper": upper}
@@ -76,6 +126,8 @@ def copy_version(source: Registry, reference: str, destination: Registry) -> Man
             metrics=metrics,
             metadata={**manifest.metadata, "copied_from": origin},
             evaluation=manifest.evaluation,
+            samples=[path.parent / f.path for f in manifest.files if f.path.endswith(".png")],
+            card=page(source, manifest),
         )
 
 
@@ -105,7 +157,7 @@ def collect(registry: Registry, *, dry_run: bool = True, grace: timedelta = GRAC
         found.append(Garbage(blob.key, blob.size, due))
         if dry_run:
             continue
-        if due:
+        if due and _still_old(registry, blob, now - grace):
             store.delete(blob.key)
             store.delete(f"garbage/{digest}")
         elif mark is None:
@@ -114,6 +166,15 @@ def collect(registry: Registry, *, dry_run: bool = True, grace: timedelta = GRAC
         for mark in marks.values():  # of files that are gone
             store.delete(mark.key)
     return found
+
+
+def _still_old(registry: Registry, blob: Entry, limit: datetime) -> bool:
+    """Has nobody written it anew since it was listed?"""
+    return all(
+        found.modified <= limit
+        for found in registry.store.entries(blob.key)
+        if found.key == blob.key
+    )
 
 
 def _digest(key: str) -> str:

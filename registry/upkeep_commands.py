@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import click
 
-from registry.command_line import human_size, open_named, print_json, registry_options, table
+from registry.command_line import open_named, print_json, registry_options, table
+from registry.errors import RegistryError
+from registry.words import human_size
 
 
 @click.command()
 @click.argument("reference", metavar="[NAME[@VERSION]]", required=False)
+@click.option(
+    "--require-signature",
+    is_flag=True,
+    help="Also that it is signed, by whom the policy (LORA_REGISTRY_POLICY) names if there is one.",
+)
 @registry_options
 @click.pass_context
-def verify(ctx: click.Context, reference: str | None, location: str | None, as_json: bool) -> None:
+def verify(
+    ctx: click.Context,
+    reference: str | None,
+    require_signature: bool,
+    location: str | None,
+    as_json: bool,
+) -> None:
     """Read every file back and compare it with its digest; exit code 1 if one is wrong.
 
     \b
@@ -33,7 +47,7 @@ def verify(ctx: click.Context, reference: str | None, location: str | None, as_j
         if not as_json:
             click.echo(f"\r{count} read, last {manifest.reference}", err=True, nl=False)
 
-    found = examine(open_named(location), reference, told)
+    found = examine(open_named(location), reference, told, require_signature)
     if not as_json:
         click.echo("", err=True)
     if as_json:
@@ -97,7 +111,19 @@ def rm(reference: str, reason: str, force: bool, location: str | None, as_json: 
 
 
 @click.command()
+@click.argument("pattern", metavar="[PATTERN]", default="*")
 @click.option("--apply", is_flag=True, help="Do it; without, it is only shown.")
+@click.option(
+    "--keep-last",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="First remove versions of the models that fit PATTERN, but for the last N of each.",
+)
+@click.option(
+    "--keep-best",
+    metavar="lowest:METRIC|highest:METRIC",
+    help="The same, but for the best of each; versions that an alias means always stay.",
+)
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
@@ -107,20 +133,36 @@ def rm(reference: str, reason: str, force: bool, location: str | None, as_json: 
     help="No push takes longer.",
 )
 @registry_options
-def gc(apply: bool, grace: float, location: str | None, as_json: bool) -> None:
+def gc(
+    pattern: str,
+    apply: bool,
+    keep_last: int | None,
+    keep_best: str | None,
+    grace: float,
+    location: str | None,
+    as_json: bool,
+) -> None:
     """Remove files that no version needs: mark them, and after a time remove them.
 
     \b
-    Example:
+    Examples:
       lora-registry gc
       lora-registry gc --apply
+      lora-registry gc 'emoji-*' --keep-last 5 --keep-best lowest:validation_loss --apply
     """
-    from registry.upkeep import collect
+    from registry.states import remove
+    from registry.upkeep import collect, superfluous
 
-    found = collect(open_named(location), dry_run=not apply, grace=timedelta(hours=grace))
+    registry = open_named(location)
+    old = superfluous(registry, pattern, keep_last, keep_best)
+    for reference in old if apply else ():
+        remove(registry, reference, "retention")
+    found = collect(registry, dry_run=not apply, grace=timedelta(hours=grace))
     if as_json:
-        print_json([asdict(garbage) for garbage in found])
+        print_json({"versions": old, "files": [asdict(garbage) for garbage in found]})
         return
+    for reference in old:
+        click.echo(f"{'removed' if apply else 'remove'}  {reference}")
     for garbage in found:
         word = "remove" if garbage.due else "wait"
         click.echo(f"{word:6}  {human_size(garbage.size):>9}  {garbage.key}")
@@ -156,17 +198,73 @@ def copy(reference: str, destination: str, location: str | None, as_json: bool) 
 
 
 @click.command()
+@click.option(
+    "--encryption",
+    metavar="AES256|aws:kms[:KEY]",
+    help="What the server is to encrypt every object with.",
+)
+@click.option(
+    "--lock",
+    type=click.Choice(["GOVERNANCE", "COMPLIANCE"]),
+    help="Object lock on every object; the bucket must have been made with it.",
+)
+@click.option("--lock-days", type=click.IntRange(1, 36500), help="For how long.")
 @registry_options
-def init(location: str | None, as_json: bool) -> None:
+def init(
+    encryption: str | None,
+    lock: Literal["GOVERNANCE", "COMPLIANCE"] | None,
+    lock_days: int | None,
+    location: str | None,
+    as_json: bool,
+) -> None:
     """Make a registry, and find out what its server can do. The first push does it too.
+
+    What is asked of the server, and it does not do, is an error.
 
     \b
     Example:
       lora-registry init --registry s3://bucket/loras --endpoint-url https://obs.example.com
+      lora-registry init --registry s3://bucket/loras --encryption AES256
     """
+    from pydantic import ValidationError
+
+    from registry.settings import Settings
+
+    if (lock is None) != (lock_days is None):
+        raise click.UsageError("--lock and --lock-days go together.")
+    try:
+        settings = Settings(encryption=encryption, lock=lock, lock_days=lock_days)
+    except ValidationError as error:
+        raise RegistryError(
+            f"--encryption: expected AES256, aws:kms or aws:kms:KEY, found {encryption!r}"
+        ) from error
     registry = open_named(location)
-    registry.create()
+    if not registry.create(settings) and (encryption or lock):
+        raise RegistryError(
+            f"{registry.location} is there already, and its settings stay; copy its versions into "
+            "a new one"
+        )
     _report(registry, as_json)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@registry_options
+def key(file: Path, location: str | None, as_json: bool) -> None:
+    """Make a key that signs what you publish, in FILE, or read it, and print its public half.
+
+    \b
+    Example:
+      lora-registry key ~/.config/lora-registry/key.pem
+      export LORA_REGISTRY_KEY=~/.config/lora-registry/key.pem
+    """
+    from registry import signing
+
+    found = signing.read_key(file) if file.exists() else signing.new_key(file)
+    if as_json:
+        print_json({"key": str(file), "public": found.public})
+    else:
+        click.echo(found.public)
 
 
 @click.command()

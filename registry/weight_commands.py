@@ -10,7 +10,15 @@ from typing import Any
 
 import click
 
-from registry.command_line import Command, plain, registry_options, section, table
+from registry.command_line import (
+    Command,
+    open_named,
+    plain,
+    print_json,
+    registry_options,
+    section,
+    table,
+)
 
 
 def file_options(command: Command) -> Command:
@@ -96,6 +104,47 @@ def export(
     operand = tools.resolve(source, location)
     tools.export(operand, out, format, dtype, ema, ignore_unknown, allow_nan)
     _written(out, format, as_json)
+
+
+@click.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--name", metavar="NAME", help="For all, as versions one after the other by age.")
+@click.option("--licence", metavar="NAME", help="Under which they may be used.")
+@click.option("--tag", "tags", metavar="WORD", multiple=True, help="For `list --tag`.")
+@click.option("--ignore-unknown", is_flag=True, help="Leave out keys that fit nothing.")
+@registry_options
+def import_(
+    files: Sequence[Path],
+    name: str | None,
+    licence: str | None,
+    tags: Sequence[str],
+    ignore_unknown: bool,
+    location: str | None,
+    as_json: bool,
+) -> None:
+    """Publish LoRA files of any tool, each under its own name; one that is there is left alone.
+
+    What is not a kohya file is converted into one. A picture beside it (NAME.preview.png or
+    NAME.png) comes with it.
+
+    \b
+    Examples:
+      lora-registry import ~/loras/*.safetensors
+      lora-registry import final_v1.safetensors final_v3_really.safetensors --name comic
+    """
+    from registry import importing
+
+    registry = open_named(location)
+    given: dict[str, Any] = {"licence": licence, "tags": [*tags]}
+    metadata = {key: value for key, value in given.items() if value}
+    found = []
+    for file in importing.in_order(files) if name else files:
+        reference, new = importing.publish(registry, file, name, metadata, ignore_unknown)
+        found.append({"file": str(file), "reference": reference, "new": new})
+        if not as_json:
+            click.echo(reference if new else f"{reference} is {file} already")
+    if as_json:
+        print_json(found)
 
 
 @click.command()

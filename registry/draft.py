@@ -1,0 +1,131 @@
+"""From a file on disk to the manifest of a version that has no number yet."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from registry import chunks, logs
+from registry.card import card
+from registry.errors import RegistryError, os_errors, problems
+from registry.manifest import FileEntry, Manifest
+
+_LONGEST_HEADER_VALUE = 500
+_HEADER_KEYS = re.compile(r"ss_|modelspec\.|lora\.")
+_LONGEST_CARD = 1 << 20
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is to be published: the manifest, its number not yet right, and where its files are."""
+
+    manifest: Manifest
+    sources: tuple[Path | bytes, ...]
+    """Of each of the manifest's files: a path, or the bytes themselves."""
+
+
+def draft(
+    name: str,
+    file: Path,
+    metrics: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    samples: Sequence[Path],
+    text: str | None,
+    push_id: str | None,
+) -> Draft:
+    """Look at the files and write the card, unless its text is given.
+
+    Raises RegistryError if a file is not fit to be published, or a value cannot be kept.
+    """
+    header = _header(file)
+    entries = [_entry(name + file.suffix, file)]
+    pictures = [_entry(_picture_name(name, n), path, _PNG) for n, path in enumerate(samples)]
+    values, intervals = _scores(metrics)
+    try:
+        manifest = Manifest(
+            name=name,
+            version=1,
+            created=datetime.now(timezone.utc).replace(microsecond=0),
+            push_id=push_id or uuid.uuid4().hex,
+            files=(*entries, *pictures),
+            metrics=dict(values),
+            intervals=intervals,
+            evaluation=dict(evaluation),
+            metadata=dict(metadata),
+            header=header,
+            pushed_by=logs.who(),
+        )
+    except ValidationError as error:
+        raise RegistryError(
+            f"cannot publish {file} as {name}: {problems(error)}; correct it and push again"
+        ) from error
+    content = (card(manifest) if text is None else text).encode()
+    if len(content) > _LONGEST_CARD:
+        raise RegistryError(f"the card has {len(content):,} bytes, and 1 MiB is the most")
+    page = FileEntry(path=f"{name}.md", sha256=chunks.digest(content), size=len(content))
+    files = (*entries, page, *pictures)
+    return Draft(manifest.model_copy(update={"files": files}), (file, content, *samples))
+
+
+def _picture_name(name: str, number: int) -> str:
+    """The first is named as LoRA managers look for a preview."""
+    return f"{name}.{number + 1}.png" if number else f"{name}.preview.png"
+
+
+def _entry(name: str, path: Path, begins: bytes = b"") -> FileEntry:
+    if not path.is_file():
+        raise RegistryError(f"there is no file {path} to push; correct the path")
+    with os_errors(f"read {path}"):
+        with path.open("rb") as file:
+            if file.read(len(begins)) != begins:
+                raise RegistryError(f"{path} is no PNG; convert the picture")
+        size = path.stat().st_size
+        if size == 0:
+            raise RegistryError(f"{path} is empty; push a file that was written to its end")
+        digest, parts = chunks.digests(path)
+    try:
+        return FileEntry(
+            path=name, sha256=digest, size=size, chunks=parts if len(parts) > 1 else ()
+        )
+    except ValidationError as error:
+        raise RegistryError(f"cannot publish {path}: {problems(error)}; rename it") from error
+
+
+def _header(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, without what is too long to read."""
+    from weights.files import WeightsError
+    from weights.files import metadata as read_header
+
+    if file.suffix != ".safetensors" or not file.is_file():
+        return {}
+    if file.stat().st_size == 0:
+        return {}
+    try:
+        found = read_header(file)
+    except WeightsError as error:
+        raise RegistryError(str(error)) from error
+    return {
+        key: value
+        for key, value in sorted(found.items())
+        if _HEADER_KEYS.match(key) and len(value) <= _LONGEST_HEADER_VALUE
+    }
+
+
+def _scores(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values and intervals of metrics given as numbers or as value, lower and upper."""
+    values, intervals = {}, {}
+    for key, given in metrics.items():
+        values[key] = given
+        if isinstance(given, Mapping) and set(given) == {"value", "lower", "upper"}:
+            values[key] = given["value"]
+            intervals[key] = (given["lower"], given["upper"])
+    return values, intervals
