@@ -8,6 +8,7 @@ before that one.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from typing import TypeVar
 
@@ -45,10 +46,12 @@ def opened(data: bytes, kind: type[Document]) -> Document:
         raise ValueError(f"it has more than {MAX_DOCUMENT_BYTES:,} bytes")
     seal = _SEAL.search(data)
     if seal is None:
+        _check_version(data)
         raise ValueError("it does not end with its sha256")
     body = data[: seal.start()]
     if hashlib.sha256(body).hexdigest().encode() != seal[1]:
         raise ValueError("it is damaged: its bytes are not those of its sha256")
+    _check_version(body + b"\n}")
     try:
         document = kind.model_validate_json(body + b"\n}")
     except ValidationError as error:
@@ -59,6 +62,17 @@ def opened(data: bytes, kind: type[Document]) -> Document:
         if signed is None or not signing.is_of(signature, body[: signed.start()]):
             raise ValueError("its signature is not that of its bytes")
     return document
+
+
+def _check_version(data: bytes) -> None:
+    """Raise ValueError if it is JSON that says it is of another format."""
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return
+    version = values.get("format_version", 1) if isinstance(values, dict) else 1
+    if version != 1:
+        raise ValueError(f"it has format version {version}, and this program knows 1")
 
 
 def read(store: Store, key: str, kind: type[Document], words: str, fresh: bool = False) -> Document:

@@ -62,10 +62,11 @@ def damage() -> Callable[[Path], None]:
 
 @pytest.fixture
 def blob(folder: Path) -> Callable[[], Path]:
-    """The only blob of the registry."""
+    """The only LoRA of the registry; the other blobs are cards."""
 
     def find() -> Path:
-        (path,) = (path for path in (folder / "blobs").rglob("*") if path.is_file())
+        files = [path for path in (folder / "blobs").rglob("*") if path.is_file()]
+        (path,) = (path for path in files if not path.read_bytes().startswith(b"---"))
         return path
 
     return find

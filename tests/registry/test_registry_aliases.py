@@ -41,7 +41,7 @@ def test_an_alias_and_what_it_meant(four: Registry) -> None:
     set_alias(four, "ink", "prod", 4)
     assert rollback(four, "ink", "prod").version == 1
     remove_alias(four, "ink", "prod", reason="the show is over")
-    with pytest.raises(RegistryError, match="ink has no alias 'prod'; it has prod"):
+    with pytest.raises(RegistryError, match="ink has no alias 'prod'; it has none"):
         four.resolve("ink@prod")
     assert aliases(four, "ink") == {}
     found = history(four, "ink", "prod")

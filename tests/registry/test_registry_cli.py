@@ -190,7 +190,7 @@ def test_list_is_never_truncated(invoke: Invoke, loras: Registry, lora: Path) ->
     loras.push("ink", lora)
     loras.push("ink", lora)
     header, long_row, short_row = invoke("list").stdout.splitlines()
-    assert header.split()[:3] == ["name", "latest", "versions"]
+    assert header.split()[:3] == ["name", "version", "of"]
     assert long_row.startswith("a" * 64)
     assert all(key in long_row for key in metrics)
     assert short_row.split()[:3] == ["ink", "2", "2"]
@@ -202,8 +202,11 @@ def test_list_json(invoke: Invoke, loras: Registry, lora: Path) -> None:
     assert json.loads(invoke("list", "--json").stdout) == [
         {
             "name": "ink",
+            "version": 2,
             "latest": 2,
             "versions": 2,
+            "aliases": [],
+            "yanked": None,
             "created": f"{newest.created:%Y-%m-%dT%H:%M:%SZ}",
             "size": lora.stat().st_size,
             "metrics": {"fid": 41.5},
@@ -212,8 +215,7 @@ def test_list_json(invoke: Invoke, loras: Registry, lora: Path) -> None:
 
 
 def test_empty_list(invoke: Invoke, folder: Path) -> None:
-    folder.mkdir()
-    (folder / "registry.json").write_text('{"format_version": 1}')
+    invoke("init")
     result = invoke("list")
     assert (result.exit_code, result.stdout) == (0, "")
     assert "has no models yet" in result.stderr
@@ -240,7 +242,8 @@ def test_show(invoke: Invoke, loras: Registry, lora: Path) -> None:
 def test_show_json_is_the_manifest(invoke: Invoke, loras: Registry, lora: Path) -> None:
     manifest = loras.push("ink", lora, metadata={"base": "sd15"})
     result = invoke("show", "ink", "--json")
-    assert result.stdout == manifest.model_dump_json(indent=2) + "\n"
+    state = {"aliases": [], "yanked": None, "versions": [1]}
+    assert json.loads(result.stdout) == {**manifest.model_dump(mode="json"), **state}
 
 
 @pytest.mark.parametrize(
