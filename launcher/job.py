@@ -25,6 +25,7 @@ from trainer.config import ClusterConfig, RunConfig
 from trainer.config_file import dump_config, load_config
 from trainer.dataset import Scan, dump_scan
 from trainer.plan import Plan, make_plan, read_plan
+from weights.files import sha256
 
 WORKER = "trainer.worker"
 PS_CONTEXT = "LORA_PS_CONTEXT"
@@ -90,6 +91,8 @@ class Job:
     server: Server | None
     """This machine as a part of one, if the addresses of its devices are known."""
     product: str | None
+    parent: dict[str, str] | None
+    """Reference and sha256 of the LoRA that it goes on from."""
 
     @property
     def folder(self) -> Path:
@@ -115,7 +118,8 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
     plan, data = make_plan(config, devices, machine.device_target, request.dry_run)
     if request.resume is not None:
         plan = _resumed(plan, config, request.resume, request.accept_changes)
-    plan = replace(plan, lora_start=_lora_start(config))
+    start_file, parent = _lora_start(config)
+    plan = replace(plan, lora_start=start_file)
     if product == "910A" and plan.precision == "fp16":
         raise LaunchError(
             "precision: expected fp32 on a 910A, whose numbers do not become infinite where they "
@@ -150,7 +154,7 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
         ),
         worker,
     )
-    return Job(config, plan, data, machine, start, table, server, product)
+    return Job(config, plan, data, machine, start, table, server, product, parent)
 
 
 def with_rank_table(job: Job, table: str) -> Job:
@@ -325,23 +329,25 @@ def _resumed(plan: Plan, config: RunConfig, folder: Path, accept_changes: bool) 
     return replace(plan, start_step=state.step, resume_from=str(path.absolute()))
 
 
-def _lora_start(config: RunConfig) -> str | None:
-    """The file of the LoRA to go on from, fetched from the registry if it is a version there.
+def _lora_start(config: RunConfig) -> tuple[str | None, dict[str, str] | None]:
+    """The file of the LoRA to go on from, fetched from the registry if it is a version there, and
+    what to say of it.
 
     Raises LaunchError or RegistryError.
     """
     start = config.lora.start
     if start is None or config.train != "lora":
-        return None
+        return None, None
     if Path(start).is_file():
-        return str(Path(start).absolute())
+        return str(Path(start).absolute()), {"reference": start, "sha256": sha256(start)}
     if config.registry is None:
         raise LaunchError(
             f"lora.start: there is no file {start}, and `registry` is null; correct the path, or "
             "name the registry that has it"
         )
-    file, _ = open_registry(config.registry).fetch(start)
-    return str(file.absolute())
+    file, manifest = open_registry(config.registry).fetch(start)
+    parent = {"reference": manifest.reference, "sha256": manifest.files[0].sha256}
+    return str(file.absolute()), parent
 
 
 def _check_output(config: RunConfig) -> None:
@@ -360,8 +366,7 @@ def _check_registry(config: RunConfig) -> None:
             "whole models; use --set registry=null"
         )
     registry = open_registry(config.registry)
-    folder = Path(registry.location)
-    problem = _write_problem(folder)
+    problem = None if "://" in config.registry else _write_problem(Path(registry.location))
     if problem:
         raise LaunchError(f"registry: {problem}; name a folder that can be written")
     registry.check_push(config.name)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import Failure, RunFailed
-from launcher.job import Job
+from launcher.errors import Failure, LaunchError, RunFailed
+from launcher.job import Job, attempts
+from registry import queue
 from registry.api import open_registry
+from registry.errors import RegistryError
+from trainer.events import write_json
+
+_PUBLISHED = "published.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,10 @@ def read_result(attempt: Path) -> Result:
 
 
 def publish(job: Job, result: Result) -> str | None:
-    """Push the LoRA and return its `name@version`; None if the config names no registry."""
+    """Push the LoRA and return its `name@version`; None if the config names no registry.
+
+    What is pushed is written down before, so that `send` can do it again. Raises LaunchError.
+    """
     if job.config.registry is None:
         return None
     losses = result.validation_loss
@@ -71,38 +80,106 @@ def publish(job: Job, result: Result) -> str | None:
         if losses
         else {}
     )
-    manifest = open_registry(job.config.registry).push(
+    push = queue.Push(
+        job.config.registry,
         job.config.name,
-        job.attempt / result.artifact,
+        result.artifact,
         metrics=metrics,
-        metadata=lineage(job, result, _git_commit()),
+        metadata=lineage(job, result, _code()),
+        evaluation=_evaluation(job) if losses else {},
+        samples=_pictures(job, result),
     )
-    return manifest.reference
+    queue.write(job.attempt, push)
+    return send(job.folder, job.attempt)
 
 
-def lineage(job: Job, result: Result, commit: str | None) -> dict[str, Any]:
-    """Where the LoRA comes from: base, data, config, plan and software."""
-    return {
+def unpublished(folder: Path) -> Path | None:
+    """The newest attempt of a run, if its LoRA was to be published and has not been."""
+    found = attempts(folder)
+    if found and queue.is_written(found[-1]) and not (found[-1] / _PUBLISHED).exists():
+        return found[-1]
+    return None
+
+
+def send(folder: Path, attempt: Path) -> str:
+    """Push what `publish` has written down, once, and return its `name@version`.
+
+    Raises LaunchError if the registry does not take it.
+    """
+    try:
+        registry = open_registry(queue.read(attempt).location)
+        reference = queue.send(registry, attempt).reference
+    except RegistryError as error:
+        raise LaunchError(
+            f"{error}; the LoRA is trained and lies in {attempt}: publish it with lora-launch "
+            f"--resume {folder}"
+        ) from error
+    write_json(attempt / _PUBLISHED, {"reference": reference, "registry": registry.location})
+    return reference
+
+
+def lineage(job: Job, result: Result, code: dict[str, Any] | None) -> dict[str, Any]:
+    """Where the LoRA comes from: base, data, config, plan, machines and software."""
+    config = job.config
+    facts = {
         "base": {
-            **job.config.base.model_dump(mode="json"),
+            **config.base.model_dump(mode="json"),
             "model": job.plan.model,
             "digest": result.base_digest,
         },
         "data": {"digest": result.data_digest, "examples": job.plan.examples},
-        "config": job.config.model_dump(mode="json"),
-        "plan": job.plan.as_dict(),
+        "trigger_words": list(config.trigger_words),
+        "licence": config.licence,
+        "parent": job.parent,
+        "seed": config.seed,
+        "images": result.images,
+        "steps": result.steps,
+        "published_step": result.published_step,
         "seconds": result.seconds,
-        "versions": result.versions,
-        **({"git_commit": commit} if commit else {}),
+        "devices": {
+            "count": job.plan.devices,
+            "target": job.plan.device_target,
+            "product": job.product,
+        },
+        "code": code,
+        "versions": {**result.versions, "ascend-lora": version("ascend-lora")},
+        "config": config.model_dump(mode="json"),
+        "plan": job.plan.as_dict(),
+    }
+    return {key: value for key, value in facts.items() if value not in (None, [])}
+
+
+def _evaluation(job: Job) -> dict[str, Any]:
+    """How the validation loss was measured; it weighs timesteps as the training does."""
+    config = job.config
+    return {
+        "validation_digest": job.data.validation.digest(),
+        "validation_images": job.plan.validation_examples,
+        "base_digest": job.plan.base_digest,
+        "min_snr_gamma": config.min_snr_gamma,
+        "noise_offset": config.noise_offset,
+        "zero_terminal_snr": config.zero_terminal_snr,
     }
 
 
-def _git_commit() -> str | None:
-    """Commit of the working folder, if it lies in a git repository."""
+def _pictures(job: Job, result: Result) -> tuple[str, ...]:
+    """What was drawn with the weights that are published, or the last before, seen from the
+    attempt."""
+    drawn = sorted((job.folder / "samples").glob("step_*.png"))
+    last = f"step_{result.published_step:08d}.png"
+    fitting = [path.name for path in drawn if path.name <= last]
+    return (f"../samples/{fitting[-1]}",) if fitting else ()
+
+
+def _code() -> dict[str, Any] | None:
+    """Commit of the working folder, and whether it is all that is there, if it lies in a git
+    repository."""
+
+    def git(*words: str) -> str:
+        found = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
+        return {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()

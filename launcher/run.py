@@ -38,7 +38,7 @@ from launcher.lock import locked
 from launcher.others import Alone, Ended, Follower, Leader, Others, hello
 from launcher.processes import end_leftovers
 from launcher.progress import Lines, shown_progress
-from launcher.publish import Result, publish, read_result
+from launcher.publish import Result, publish, read_result, send, unpublished
 from launcher.request import Request
 from launcher.restarts import Failed, decide
 from launcher.supervise import received_signals, saved_text, supervise
@@ -79,6 +79,12 @@ def launch(request: Request, *, as_json: bool = False, worker: str = WORKER) -> 
 
 def _lead(request: Request, worker: str, as_json: bool) -> None:
     """Run all attempts as the machine that decides, and publish."""
+    late = unpublished(request.resume) if request.resume else None
+    if request.resume is not None and late is not None:
+        sent = send(request.resume, late)
+        _tell(f"the LoRA was trained before, and is published now: {sent}")
+        print(json.dumps({"reference": sent}, indent=2) if as_json else sent)
+        return
     job = prepare(request, datetime.now(timezone.utc), worker)
     _tell(plan_text(job))
     address = job.start.msrun.master_addr

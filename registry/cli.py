@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,7 @@ def sync(location: str | None, as_json: bool) -> None:
     for folder in jobs:
         with transfer(f"pushing {queue.read(folder).name}", 0) as progress:
             sent.append(queue.send(registry, folder, progress))
+        shutil.rmtree(folder)
         if not as_json:
             click.echo(sent[-1].reference)
     if as_json:

@@ -1,4 +1,8 @@
-"""Pushes to send later, kept in this machine's cache until the registry can be reached."""
+"""Pushes that are written down before they are made: to send later, or once more.
+
+Each has a random id that becomes the manifest's `push_id`, so that one which was interrupted after
+it was published is not published twice.
+"""
 
 from __future__ import annotations
 
@@ -7,127 +11,120 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from registry.api import Manifest, Registry, RegistryError
 from registry.cache import default_cache
 from registry.errors import os_errors
+from registry.files import written_beside
 from registry.references import check_name
 from registry.store import Progress, silent
 
-_BEGUN = "begun"
+_DOCUMENT, _BEGUN = "push.json", "push.begun"
 
 
 @dataclass(frozen=True)
-class Job:
-    """A push that waits. Its files lie beside the job's own, under these names."""
+class Push:
+    """What is to be published, and where."""
 
     location: str
     name: str
     file: str
-    metrics: dict[str, Any]
-    metadata: dict[str, Any]
-    evaluation: dict[str, Any]
-    samples: tuple[str, ...]
-    card: str | None
-    push_id: str
+    """Of the LoRA; if it is relative, then to the folder that the push is written down in."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    samples: tuple[str, ...] = ()
+    card: str | None = None
+    push_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
-def add(
-    location: str,
-    name: str,
-    file: Path,
-    *,
-    metrics: Mapping[str, Any] = {},
-    metadata: Mapping[str, Any] = {},
-    evaluation: Mapping[str, Any] = {},
-    samples: Sequence[Path] = (),
-    card: str | None = None,
-) -> Path:
-    """Keep copies of the files and what is to be said about them; returns the job's folder.
+def add(location: str, name: str, file: Path, samples: Sequence[Path], **facts: Any) -> Path:
+    """Keep copies of the files and what is to be said about them; returns the push's folder.
 
-    Raises RegistryError if the push could never be taken, or the cache cannot be written.
+    `facts` are further fields of a Push. Raises RegistryError if the push could never be taken, or
+    the cache cannot be written.
     """
     from registry.draft import draft
 
     check_name(name)
-    draft(name, file, metrics, metadata, evaluation, samples, card, None)
-    queue = _folder()
-    job = Job(
-        location,
-        name,
-        file.name,
-        dict(metrics),
-        dict(metadata),
-        dict(evaluation),
-        tuple(f"{number}-{sample.name}" for number, sample in enumerate(samples)),
-        card,
-        uuid.uuid4().hex,
-    )
-    folder = queue / f"{time.time_ns():020d}-{job.push_id[:8]}"
+    copies = [f"{number}-{sample.name}" for number, sample in enumerate(samples)]
+    push = Push(location, name, file.name, samples=tuple(copies), **facts)
+    draft(name, file, push.metrics, push.metadata, push.evaluation, samples, push.card, None)
+    queue = _queue()
+    folder = queue / f"{time.time_ns():020d}-{push.push_id[:8]}"
     filling = queue / f".{folder.name}"
     with os_errors(f"write to the queue {queue}"):
         filling.mkdir(parents=True)
-        for source, copy in zip((file, *samples), (job.file, *job.samples), strict=True):
+        for source, copy in zip((file, *samples), (push.file, *copies), strict=True):
             shutil.copyfile(source, filling / copy)
-        (filling / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
+        write(filling, push)
         os.replace(filling, folder)
     return folder
 
 
 def waiting(location: str) -> list[Path]:
-    """The folders of the jobs for a registry, oldest first."""
-    queue = _folder()
-    found = sorted(path for path in queue.glob("[0-9]*") if (path / "job.json").exists())
-    return [path for path in found if read(path).location == location]
+    """The folders of the pushes that wait for a registry, oldest first."""
+    found = sorted(path.parent for path in _queue().glob(f"[0-9]*/{_DOCUMENT}"))
+    return [folder for folder in found if read(folder).location == location]
 
 
-def read(folder: Path) -> Job:
-    """A job. Raises RegistryError if it cannot be read."""
+def write(folder: Path, push: Push) -> None:
+    """Write a push down. Raises OSError."""
+    document = json.dumps(asdict(push), indent=2).encode()
+    with written_beside(folder / _DOCUMENT, lambda file: file.write(document)) as temporary:
+        os.replace(temporary, folder / _DOCUMENT)
+
+
+def is_written(folder: Path) -> bool:
+    """Is a push written down there?"""
+    return (folder / _DOCUMENT).exists()
+
+
+def read(folder: Path) -> Push:
+    """What is written down there. Raises RegistryError if it cannot be read."""
     try:
-        with os_errors("read the queue"):
-            values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        return Job(**{**values, "samples": tuple(values["samples"])})
+        with os_errors("read the push"):
+            values = json.loads((folder / _DOCUMENT).read_text(encoding="utf-8"))
+        return Push(**{**values, "samples": tuple(values["samples"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise RegistryError(f"{folder} is no push of this program; move it away") from error
+        raise RegistryError(f"{folder} holds no push of this program; move it away") from error
 
 
 def send(registry: Registry, folder: Path, progress: Progress = silent) -> Manifest:
-    """Make a push that waits, and take it from the queue.
+    """Make the push that is written down there, unless it was made before.
 
-    One that was interrupted after it was published is not published twice. Raises RegistryError as
-    Registry.push does; the job then stays.
+    Raises RegistryError as Registry.push does.
     """
-    job, begun = read(folder), folder / _BEGUN
-    found = _published(registry, job) if begun.exists() else None
-    if found is None:
-        with os_errors("write to the queue"):
-            begun.touch()
-        found = registry.push(
-            job.name,
-            folder / job.file,
-            metrics=job.metrics,
-            metadata=job.metadata,
-            evaluation=job.evaluation,
-            samples=[folder / sample for sample in job.samples],
-            card=job.card,
-            push_id=job.push_id,
-            progress=progress,
-        )
-    shutil.rmtree(folder)
-    return found
+    push, begun = read(folder), folder / _BEGUN
+    found = _published(registry, push) if begun.exists() else None
+    if found is not None:
+        return found
+    with os_errors("note that a push begins"):
+        begun.touch()
+    return registry.push(
+        push.name,
+        folder / push.file,
+        metrics=push.metrics,
+        metadata=push.metadata,
+        evaluation=push.evaluation,
+        samples=[folder / sample for sample in push.samples],
+        card=push.card,
+        push_id=push.push_id,
+        progress=progress,
+    )
 
 
-def _published(registry: Registry, job: Job) -> Manifest | None:
-    if job.name not in registry.names():
+def _published(registry: Registry, push: Push) -> Manifest | None:
+    if not registry.store.names(f"models/{push.name}/versions"):
         return None
-    versions = [(job.name, version) for version in registry.versions(job.name)]
+    versions = [(push.name, version) for version in registry.versions(push.name)]
     manifests = registry.manifests(versions)
-    return next((found for found in manifests if found.push_id == job.push_id), None)
+    return next((found for found in manifests if found.push_id == push.push_id), None)
 
 
-def _folder() -> Path:
+def _queue() -> Path:
     return default_cache().folder / "queue"

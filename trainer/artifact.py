@@ -22,9 +22,18 @@ def version_name(model: ModelConfig) -> str:
 
 
 def lora_metadata(
-    adapters: Adapters, config: RunConfig, name: str, model: ModelConfig, base_digest: str
+    adapters: Adapters,
+    config: RunConfig,
+    name: str,
+    model: ModelConfig,
+    base_digest: str,
+    data_digest: str,
 ) -> dict[str, str]:
     """The header of the published LoRA; `name` is the model's."""
+    said = {
+        "modelspec.trigger_phrase": ", ".join(config.trigger_words),
+        "modelspec.license": config.licence or "",
+    }
     return lora_files.header(
         adapters,
         config.name,
@@ -34,6 +43,8 @@ def lora_metadata(
             "ss_sd_model_name": name,
             "ss_new_sd_model_hash": base_digest,
             "ss_seed": str(config.seed),
+            "lora.data_digest": data_digest,
+            **{key: text for key, text in said.items() if text},
         },
     )
 
@@ -45,11 +56,12 @@ def save_lora(
     name: str,
     model: ModelConfig,
     base_digest: str,
+    data_digest: str,
 ) -> None:
     """Write the trained matrices, by network and parameter name, as a kohya safetensors file."""
     alpha = config.lora.scale * config.lora.rank
     found = {network: adapters(arrays, alpha) for network, arrays in tensors.items()}
-    metadata = lora_metadata(found, config, name, model, base_digest)
+    metadata = lora_metadata(found, config, name, model, base_digest, data_digest)
     lora_files.write_kohya(path, found, metadata)
 
 

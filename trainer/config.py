@@ -339,7 +339,14 @@ class RunConfig(_Strict):
     """Pictures to draw during training."""
 
     registry: str | None = None
-    """Where the LoRA is published when training is done; null does not publish."""
+    """Where the LoRA is published when training is done: a folder, or s3://BUCKET/PREFIX; null does
+    not publish."""
+
+    trigger_words: tuple[str, ...] = ()
+    """What has to be in a prompt for the LoRA to be seen; kept with it for who uses it."""
+
+    licence: str | None = None
+    """Under which the LoRA may be used, such as apache-2.0; kept with it."""
 
     save_every: int = Field(500, gt=0)
     """Steps between checkpoints, from which `lora-launch --resume` goes on."""

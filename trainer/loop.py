@@ -288,6 +288,7 @@ def _save_artifact(config: RunConfig, plan: Plan, ready: Ready, attempt: Path) -
     }
     if config.train == "lora":
         path = attempt / "lora.safetensors"
-        artifact.save_lora(path, tensors, config, plan.model, ready.model, plan.base_digest)
+        digests = plan.base_digest, plan.data_digest
+        artifact.save_lora(path, tensors, config, plan.model, ready.model, *digests)
     else:
         artifact.save_base(attempt / "base", tensors)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
-from launcher.errors import RunFailed
+from launcher.errors import LaunchError, RunFailed
 from launcher.job import Job, prepare, write
-from launcher.publish import Result, publish, read_result
+from launcher.publish import Result, publish, read_result, send, unpublished
 from launcher.request import Request
+from launcher.run import launch
 from launcher.words import result_text
+from registry import facts
 from registry.api import open_registry
 
 RESULT = Result(
@@ -67,7 +70,57 @@ def test_versions_count_up_and_carry_their_lineage(job: Job) -> None:
     manifest = open_registry(str(job.config.registry)).resolve("tiny")
     assert manifest.metrics == {"validation_loss": 0.4, "validation_loss_base": 0.5}
     assert manifest.metadata["data"] == {"digest": "ef" * 32, "examples": 4}
-    assert manifest.metadata["versions"] == {"numpy": "1.26.4"}
+    assert manifest.metadata["versions"] == {"numpy": "1.26.4", "ascend-lora": "0.1.0"}
+    assert manifest.metadata["devices"] == {"count": 1, "target": "CPU", "product": None}
+    assert manifest.metadata["images"] == 40
+    assert manifest.evaluation["validation_images"] == 2
+    assert manifest.evaluation["validation_digest"] == job.data.validation.digest()
+
+
+def test_what_is_known_of_it_is_published_too(job: Job, tmp_path: Path) -> None:
+    config = job.config.model_copy(
+        update={"trigger_words": ("ink", "brush"), "licence": "apache-2.0"}
+    )
+    for step in (5, 10, 15):
+        picture = job.folder / "samples" / f"step_{step:08d}.png"
+        picture.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(picture)
+    parent = {"reference": "ink@3", "sha256": "ab" * 32}
+    assert publish(dataclasses.replace(job, config=config, parent=parent), RESULT) == "tiny@1"
+    registry = open_registry(str(config.registry))
+    manifest = registry.resolve("tiny")
+    assert facts.words(manifest, "trigger_words") == ("ink", "brush")
+    rows = dict(facts.rows(manifest))
+    assert rows["licence"] == "apache-2.0"
+    assert rows["training"] == "40 samples, 10 steps, 70 s, 1 × CPU"
+    assert rows["parent"] == "ink@3, sha256 abababababababab…"
+    assert rows["base's sha256"] == "cd" * 32
+    drawn = registry.pull("tiny", tmp_path / "out", everything=True).with_name("tiny.preview.png")
+    with Image.open(drawn) as image:
+        assert image.getpixel((0, 0)) == (10, 0, 0)
+
+
+def test_a_push_that_failed_is_made_by_resume(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(job, RESULT)
+    folder = Path(str(job.config.registry))
+    stray = folder / "stray"
+    folder.mkdir(parents=True, exist_ok=True)
+    stray.write_text("")
+    with pytest.raises(LaunchError, match=r"is not a registry.* it with lora-launch --resume"):
+        publish(job, RESULT)
+    stray.unlink()
+    launch(Request(None, device_target="CPU", resume=job.folder))
+    assert capsys.readouterr().out == "tiny@1\n"
+    assert open_registry(str(folder)).versions("tiny") == [1]
+    assert unpublished(job.folder) is None
+
+
+def test_a_push_that_was_cut_off_is_not_made_twice(job: Job) -> None:
+    assert publish(job, RESULT) == "tiny@1"
+    (job.attempt / "published.json").unlink()  # as if ended just before
+    assert unpublished(job.folder) == job.attempt
+    assert send(job.folder, job.attempt) == "tiny@1"
+    assert open_registry(str(job.config.registry)).versions("tiny") == [1]
 
 
 def test_without_validation_there_are_no_scores(job: Job) -> None:

@@ -46,9 +46,7 @@ def test_another_file_is_not_overwritten_unless_told(
     loras.push("ink", lora)
     mine = tmp_path / "ink.safetensors"
     mine.write_text("mine")
-    with pytest.raises(
-        RegistryError, match="exists and is not that of ink@1; pull into"
-    ):
+    with pytest.raises(RegistryError, match="exists and is not that of ink@1; pull into"):
         loras.pull("ink", tmp_path)
     assert mine.read_text() == "mine"
     assert loras.pull("ink", tmp_path, overwrite=True) == mine
