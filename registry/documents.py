@@ -81,7 +81,7 @@ def read(store: Store, key: str, kind: type[Document], words: str, fresh: bool =
     `words` says what it should be. Raises RegistryError if it is not there or not that.
     """
     reason = ""
-    for asked in (True,) if fresh else (False, True):
+    for asked in (True, True, True) if fresh else (False, True, True):
         data = store.read(key, fresh=asked)
         if data is None:
             raise RegistryError(f"{key} vanished from the registry {store.location}; try again")

@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
+import random
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
@@ -28,11 +30,14 @@ from registry.store import MAX_DOCUMENT_BYTES, Entry, FolderStore, Progress, sil
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
     from registry.manifest import FileEntry
 
 T = TypeVar("T")
 _ABSENT = ("NoSuchKey", "404", "NotFound")
+_READS = 4
+"""Tries to read what breaks off or is damaged on its way."""
 _CHEAP_BYTES = 1 << 20
 """So much is sent sooner than it is asked whether it is there."""
 _PROTECTED = ("blobs/", "models/", "registry.json")
@@ -119,17 +124,41 @@ class S3Store:
         return None
 
     def _get(self, key: str) -> bytes | None:
-        from botocore.exceptions import ClientError
+        def all_of(answer: GetObjectOutputTypeDef) -> bytes:
+            large = answer["ContentLength"] > MAX_DOCUMENT_BYTES
+            return answer["Body"].read(MAX_DOCUMENT_BYTES + 1 if large else None)
 
         with self.errors("read objects"):
+            return self._read_whole(key, all_of)
+
+    def _read_whole(
+        self, key: str, take: Callable[[GetObjectOutputTypeDef], T], **asked: Any
+    ) -> T | None:
+        """What `take` makes of an object, None if it is not there; once more if its body breaks
+        off, which botocore leaves to its caller. Raises botocore's errors."""
+        from botocore import exceptions as raised
+
+        broken = (
+            raised.ResponseStreamingError,
+            raised.IncompleteReadError,
+            raised.ReadTimeoutError,
+        )
+        for attempt in range(_READS):
             try:
-                answer = self._client.get_object(Bucket=self.place.bucket, Key=self._key(key))
-            except ClientError as error:
+                answer = self._client.get_object(
+                    Bucket=self.place.bucket, Key=self._key(key), **asked
+                )
+                with contextlib.closing(answer["Body"]):
+                    return take(answer)
+            except raised.ClientError as error:
                 if code_of(error) in _ABSENT:
                     return None
                 raise
-            with contextlib.closing(answer["Body"]) as body:
-                return body.read(MAX_DOCUMENT_BYTES + 1)
+            except broken:
+                if attempt == _READS - 1:
+                    raise
+                time.sleep(random.uniform(0, 0.1 * 2**attempt))
+        raise AssertionError
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         self._ask_nobody_offline()
@@ -182,20 +211,14 @@ class S3Store:
         return self.cache.blob(entry.sha256)
 
     def digest(self, key: str) -> str | None:
-        from botocore.exceptions import ClientError
+        def of(answer: GetObjectOutputTypeDef) -> str:
+            digest = hashlib.sha256()
+            for block in answer["Body"].iter_chunks(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
 
-        digest = hashlib.sha256()
         with self.errors("read objects"):
-            try:
-                answer = self._client.get_object(Bucket=self.place.bucket, Key=self._key(key))
-            except ClientError as error:
-                if code_of(error) in _ABSENT:
-                    return None
-                raise
-            with contextlib.closing(answer["Body"]) as body:
-                for block in body.iter_chunks(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
+            return self._read_whole(key, of)
 
     def delete(self, key: str) -> None:
         with self.errors("delete objects"):
@@ -336,8 +359,6 @@ class S3Store:
 
         Each range is compared with its digest, so what an earlier try has fetched is kept.
         """
-        from botocore.exceptions import ClientError
-
         digests = entry.chunks or (entry.sha256,)
         with os_errors(f"write to the cache {self.cache.folder}"):
             lacking = missing(path, entry.size, digests)
@@ -345,39 +366,29 @@ class S3Store:
             with path.open("r+b" if path.exists() else "w+b") as file:
                 file.truncate(entry.size)
 
-                def receive(chunk: Chunk) -> None:
-                    for attempt in (1, 2):
+                def receive(chunk: Chunk) -> bool:
+                    for _ in range(_READS):
                         data = self._range(key, chunk)
+                        if data is None:
+                            return False
                         if hashlib.sha256(data).hexdigest() == digests[chunk.number]:
-                            break
-                        if attempt == 2:
-                            raise RegistryError(
-                                f"{entry.path}: what {self.place.words} gives for {key} is not "
-                                f"what was pushed, from byte {chunk.start}; push the same file "
-                                "again to repair it"
-                            )
-                    os.pwrite(file.fileno(), data, chunk.start)
-                    progress(chunk.size)
+                            os.pwrite(file.fileno(), data, chunk.start)
+                            progress(chunk.size)
+                            return True
+                    raise RegistryError(
+                        f"{entry.path}: what {self.place.words} gives for {key} is not what was "
+                        f"pushed, from byte {chunk.start}; push the same file again to repair it"
+                    )
 
-                try:
-                    with self.errors("read objects"):
-                        _all_at_once(receive, lacking)
-                except RegistryError as error:
-                    cause = error.__cause__
-                    if isinstance(cause, ClientError) and code_of(cause) in _ABSENT:
+                with self.errors("read objects"):
+                    if not all(_all_at_once(receive, lacking)):
                         return False
-                    raise
                 os.fsync(file.fileno())
         return True
 
-    def _range(self, key: str, chunk: Chunk) -> bytes:
-        answer = self._client.get_object(
-            Bucket=self.place.bucket,
-            Key=self._key(key),
-            Range=f"bytes={chunk.start}-{chunk.start + chunk.size - 1}",
-        )
-        with contextlib.closing(answer["Body"]) as body:
-            return body.read()
+    def _range(self, key: str, chunk: Chunk) -> bytes | None:
+        asked = f"bytes={chunk.start}-{chunk.start + chunk.size - 1}"
+        return self._read_whole(key, lambda answer: answer["Body"].read(), Range=asked)
 
     def size(self, key: str) -> int | None:
         """Bytes of an object, None if it is not there."""

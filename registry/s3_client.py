@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -17,6 +18,11 @@ _VIRTUAL_HOSTS = (".amazonaws.com", ".aliyuncs.com", ".myhuaweicloud.com", ".myq
 """Services that want the bucket in the host name; servers of one's own want it in the path."""
 
 THREADS = 4
+_ATTEMPTS = 8
+_DAMAGED = (
+    *("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"),
+    *("RequestTimeout", "OperationAborted"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def make_client(place: Place, variant: str | None = None) -> S3Client:
         "signature_version": "s3v4",
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
-        "retries": {"mode": "standard", "total_max_attempts": 1 if variant == "" else 8},
+        "retries": {"mode": "standard", "total_max_attempts": 1 if variant == "" else _ATTEMPTS},
         "connect_timeout": 10,
         "read_timeout": 10 if variant == "" else 60,
         "max_pool_connections": 4 * THREADS,
@@ -101,6 +107,9 @@ def make_client(place: Place, variant: str | None = None) -> S3Client:
             f"{place.words}: the S3 settings are unusable ({error}); see ~/.aws/config, AWS_* in "
             "the environment and --endpoint-url"
         ) from error
+    if variant != "":
+        hook: Any = _once_more
+        client.meta.events.register("needs-retry.s3", hook)
     if variant:
 
         def add(request: Any, **_: Any) -> None:
@@ -108,6 +117,15 @@ def make_client(place: Place, variant: str | None = None) -> S3Client:
 
         client.meta.events.register("before-sign.s3.PutObject", add)
     return client
+
+
+def _once_more(response: Any, attempts: int, **_: Any) -> float | None:
+    """How long to wait before a request is made again that was damaged on its way, None if it was
+    not: botocore makes again what was lost or refused for now, and not these."""
+    if response is None or attempts >= _ATTEMPTS:
+        return None
+    code = response[1].get("Error", {}).get("Code") if isinstance(response[1], dict) else None
+    return random.uniform(0, 0.1 * 2**attempts) if code in _DAMAGED else None
 
 
 def content_md5(data: bytes) -> str:

@@ -121,6 +121,90 @@ def rclone(folder: Path) -> Iterator[Server]:
 
 
 @contextmanager
+def ceph(folder: Path) -> Iterator[Server]:
+    """Ceph's object gateway, with a monitor and a store in memory, of the Debian packages
+    radosgw, ceph-mon and ceph-osd."""
+    gateway, monitor = free_ports(2)
+    (folder / "run").mkdir()
+    environment = {"CEPH_CONF": str(folder / "ceph.conf"), "CEPH_ARGS": ""}
+    (folder / "ceph.conf").write_text(
+        f"""[global]
+fsid = 11111111-2222-3333-4444-555555555555
+auth cluster required = none
+auth service required = none
+auth client required = none
+keyring = /dev/null
+mon host = v1:127.0.0.1:{monitor}
+public addr = 127.0.0.1
+cluster addr = 127.0.0.1
+ms bind msgr2 = false
+osd pool default size = 1
+osd pool default min size = 1
+mon allow pool size one = true
+osd pool default pg num = 4
+osd pool default pgp num = 4
+osd pool default pg autoscale mode = off
+osd crush chooseleaf type = 0
+osd objectstore = memstore
+memstore device bytes = 4294967296
+paxos propose interval = 0.05
+paxos min wait = 0.01
+run dir = {folder}/run
+admin socket = {folder}/run/$cluster-$name.asok
+pid file = {folder}/run/$name.pid
+log file = {folder}/run/$name.log
+mon data = {folder}/mon
+osd data = {folder}/osd
+osd journal = {folder}/osd/journal
+rgw frontends = beast endpoint=127.0.0.1:{gateway}
+rgw gc obj min wait = 5
+rgw gc processor period = 5
+rgw dynamic resharding = false
+[mon.a]
+mon addr = 127.0.0.1:{monitor}
+"""
+    )
+    uuid = "99999999-8888-7777-6666-555555555555"
+    (folder / "osd").mkdir()
+
+    def run(*command: str) -> None:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60
+        )
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr[-2000:]}"
+
+    with ExitStack() as started:
+
+        def begin(*command: str) -> None:
+            log = started.enter_context((folder / f"{command[0]}.log").open("wb"))
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env={**os.environ, **environment}
+            )
+            started.callback(process.wait)
+            started.callback(process.kill)
+
+        fsid = "11111111-2222-3333-4444-555555555555"
+        run(
+            *("monmaptool", "--create", "--fsid", fsid, "--addv", "a"),
+            *(f"[v1:127.0.0.1:{monitor}]", str(folder / "monmap")),
+        )
+        run("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(folder / "monmap"))
+        begin("ceph-mon", "-f", "-i", "a")
+        run("ceph", "osd", "new", uuid, "0")
+        run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", uuid)
+        run("ceph", "osd", "crush", "add", "osd.0", "1.0", "host=localhost", "root=default")
+        begin("ceph-osd", "-f", "-i", "0")
+        for user in (ACCESS_KEY, "reader"):
+            run(
+                *("radosgw-admin", "user", "create", f"--uid={user}", f"--display-name={user}"),
+                *(f"--access-key={user}", f"--secret-key={SECRET_KEY}"),
+            )
+        command = ["radosgw", "-f", "-n", "client.rgw"]
+        with _running("Ceph", command, folder, gateway, environment) as server:
+            yield server
+
+
+@contextmanager
 def _running(
     name: str, command: list[str], folder: Path, port: int, environment: Mapping[str, str] = {}
 ) -> Iterator[Server]:
