@@ -397,7 +397,14 @@ class Registry:
             return False
         document = settings or Settings()
         self.store.use(document)
-        made = self.store.put_if_absent("registry.json", documents.sealed(document))
+        try:
+            made = self.store.put_if_absent("registry.json", documents.sealed(document))
+        except RegistryError:
+            # What was written is not protected as it says.
+            found = self.store.read("registry.json")
+            if found is not None and found == documents.sealed(document):
+                self.store.delete("registry.json")
+            raise
         self._require()
         return made
 

@@ -266,7 +266,7 @@ class S3Store:
             **self._protection(key),
         )
         self._check_encrypted(key, answer.get("ServerSideEncryption"))
-        if self._settings.lock and key.startswith("models/"):
+        if self._settings.lock and key.startswith(("models/", "registry.json")):
             self.size(key)  # looks at the lock too
 
     def _protection(self, key: str) -> dict[str, Any]:
