@@ -19,6 +19,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 START_SECONDS = 60
+CEPH_ATTEMPTS = 4
 ACCESS_KEY, SECRET_KEY = "publisher", "a-secret-of-the-tests"
 
 
@@ -123,7 +124,22 @@ def rclone(folder: Path) -> Iterator[Server]:
 @contextmanager
 def ceph(folder: Path) -> Iterator[Server]:
     """Ceph's object gateway, with a monitor and a store in memory, of the Debian packages
-    radosgw, ceph-mon and ceph-osd."""
+    radosgw, ceph-mon and ceph-osd. Its parts do not always find each other: then once more."""
+    for attempt in range(CEPH_ATTEMPTS):
+        own = folder / f"ceph{attempt}"
+        own.mkdir()
+        with ExitStack() as stack:
+            try:
+                server = stack.enter_context(_ceph(own))
+            except subprocess.TimeoutExpired:
+                continue
+            yield server
+            return
+    pytest.fail(f"Ceph does not start; see {folder}")
+
+
+@contextmanager
+def _ceph(folder: Path) -> Iterator[Server]:
     gateway, monitor = free_ports(2)
     (folder / "run").mkdir()
     environment = {"CEPH_CONF": str(folder / "ceph.conf"), "CEPH_ARGS": ""}
@@ -169,7 +185,7 @@ mon addr = 127.0.0.1:{monitor}
 
     def run(*command: str) -> None:
         done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60
+            command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=15
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr[-2000:]}"
 
