@@ -60,7 +60,7 @@ class Pushers:
         self.failed: list[str] = []
         self.killed = 0
         self._left = [pushes] * processes
-        self._running: list[subprocess.Popen[str] | None] = [None] * processes
+        self._running: list[subprocess.Popen[bytes] | None] = [None] * processes
         self._lock = threading.Lock()
 
     def run(self, kill_every: float | None) -> None:
@@ -80,22 +80,25 @@ class Pushers:
 
     def _follow(self, number: int) -> None:
         while self._left[number] > 0:
-            process = subprocess.Popen(
-                [sys.executable, "-c", PUSHER, self.location, self.folder, str(self._left[number])],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+            said = self.folder / f"said-{number}-{self._left[number]}-{time.monotonic_ns()}"
+            with said.open("wb") as output:
+                process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-c", PUSHER),
+                        *(self.location, self.folder, str(self._left[number])),
+                    ],
+                    stdout=output,
+                )
             with self._lock:
                 self._running[number] = process
-            assert process.stdout is not None
-            for line in process.stdout:
+            process.wait()
+            for line in said.read_text().splitlines(keepends=True):
                 word, *rest = line.split()
                 if word == "pushed" and line.endswith("\n"):
                     self.reported[rest[1]] = int(rest[0])
                     self._left[number] -= 1
                 elif word == "failed":
                     self.failed.append(" ".join(rest))
-            process.wait()
 
 
 def problems(registry: Registry, reported: dict[str, int]) -> list[str]:

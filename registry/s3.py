@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _ABSENT = ("NoSuchKey", "404", "NotFound")
-_READS = 4
+_READS = 6
 """Tries to read what breaks off or is damaged on its way."""
 _CHEAP_BYTES = 1 << 20
 """So much is sent sooner than it is asked whether it is there."""
@@ -106,7 +106,7 @@ class S3Store:
         """See Store. What is under models/ never changes, and is kept."""
         path, lasting = self._kept_at(key), key != "registry.json" and not fresh
         if path is not None and (self.cache.offline or lasting):
-            with contextlib.suppress(FileNotFoundError), os_errors("read the cache"):
+            with os_errors("read the cache"), contextlib.suppress(FileNotFoundError):
                 return path.read_bytes()
         if self.cache.offline:
             return None
@@ -266,8 +266,7 @@ class S3Store:
             **self._protection(key),
         )
         self._check_encrypted(key, answer.get("ServerSideEncryption"))
-        if self._settings.lock and key.startswith(("models/", "registry.json")):
-            self.size(key)  # looks at the lock too
+        self._check_locked(key)
 
     def _protection(self, key: str) -> dict[str, Any]:
         """What a PUT asks for: encryption and lock."""
@@ -332,6 +331,7 @@ class S3Store:
             UploadId=upload_id,
             MultipartUpload={"Parts": [{"PartNumber": n, "ETag": etag} for n, etag in parts]},
         )
+        self._check_locked(key)
         record.unlink(missing_ok=True)
 
     def _begun(self, key: str, record: Path) -> tuple[str, dict[int, str]]:
@@ -401,13 +401,23 @@ class S3Store:
                 if status_of(error) == 404:
                     return None
                 raise
-        lock = self._settings.lock
-        if lock and key.startswith(_PROTECTED) and found.get("ObjectLockMode") != lock:
+        return found["ContentLength"]
+
+    def _check_locked(self, key: str) -> None:
+        """Asked of the lock itself: some servers say of an object whatever was sent with it."""
+        from botocore.exceptions import ClientError
+
+        lock, mode = self._settings.lock, None
+        if lock is None or not key.startswith(_PROTECTED):
+            return
+        with contextlib.suppress(ClientError):
+            found = self._client.get_object_retention(Bucket=self.place.bucket, Key=self._key(key))
+            mode = found.get("Retention", {}).get("Mode")
+        if mode != lock:
             raise RegistryError(
                 f"{self.place.words}: {key} was to be locked ({lock}), and the server has not; "
                 "create the bucket with object lock"
             )
-        return found["ContentLength"]
 
     def _ask_nobody_offline(self) -> None:
         if self.cache.offline:
