@@ -138,6 +138,7 @@ def test_two_workers_with_caches_give_what_one_gives_without(one: Run, two: Run)
     assert [event["kind"] for event in two.events("cache")][-1] == "captions"
 
 
+@pytest.mark.slow
 def test_four_times_four_images_give_what_sixteen_give(one: Run, accumulated: Run) -> None:
     same(one, accumulated)
 

@@ -78,7 +78,7 @@ def test_death_on_one_node_then_a_run_on_both_to_its_end(pair: Pair) -> None:
     }
 
 
-@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("failing", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_death_on_either_node_ends_both_and_is_named_on_both(pair: Pair, failing: int) -> None:
     second = pair.node(1, "crash", failing=failing)
     first = pair.node(0, "crash", failing=failing)
@@ -100,7 +100,7 @@ def test_rank_that_hangs_on_the_other_node_is_named(pair: Pair) -> None:
     assert of_run(pair.folder) == []
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_signal_to_either_node_saves_on_both(pair: Pair, asked: int) -> None:
     both = pair.both("save")
     until(lambda: training(pair.folder, 4), both[0])
@@ -114,7 +114,7 @@ def test_signal_to_either_node_saves_on_both(pair: Pair, asked: int) -> None:
     assert of_run(pair.folder) == []
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_node_that_is_gone_ends_the_other(pair: Pair, killed: int) -> None:
     both = pair.both("wait")
     until(lambda: training(pair.folder, 4), both[0])

@@ -17,6 +17,9 @@ from tests.registry.fault_proxy import FaultProxy, fault_proxy
 from tests.registry.servers import Server
 
 
+_QUICK = (faults.CUT, faults.REPEAT, faults.SPOIL_REQUEST, faults.SPOIL_ANSWER)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with servers.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as found:
@@ -59,7 +62,13 @@ def store_of(registry: Registry) -> S3Store:
     return registry.store
 
 
-@pytest.mark.parametrize("fault", faults.ALL)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=() if fault in _QUICK else pytest.mark.slow)
+        for fault in faults.ALL
+    ],
+)
 def test_each_fault_alone(
     loras: Registry, proxy: FaultProxy, large: Path, tmp_path: Path, fault: str
 ) -> None:

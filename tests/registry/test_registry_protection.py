@@ -53,16 +53,25 @@ def test_every_object_is_encrypted(
     assert again.pull("ink", tmp_path / "out").read_bytes() == lora.read_bytes()
 
 
-def test_every_object_is_locked(aws: boto3.client, lora: Path) -> None:
-    aws.create_bucket(Bucket="loras", ObjectLockEnabledForBucket=True)
-    loras = open_registry("s3://loras/x")
-    loras.create(Settings(lock="COMPLIANCE", lock_days=30))
-    manifest = loras.push("ink", lora)
-    for item in aws.list_objects_v2(Bucket="loras")["Contents"]:
-        head = aws.head_object(Bucket="loras", Key=item["Key"])
-        assert head["ObjectLockMode"] == "COMPLIANCE"
-        days = (head["ObjectLockRetainUntilDate"] - manifest.created).total_seconds() / 86400
-        assert 29.9 < days < 30.1
+def test_every_object_is_locked(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with servers.seaweedfs(tmp_path) as server:
+        values = {**server.environment, "LORA_REGISTRY_CACHE": str(tmp_path / "cache")}
+        for key, value in values.items():
+            monkeypatch.setenv(key, value)
+        client = server.client()
+        client.create_bucket(Bucket="locked", ObjectLockEnabledForBucket=True)
+        loras = open_registry("s3://locked/x")
+        loras.create(Settings(lock="COMPLIANCE", lock_days=30))
+        manifest = loras.push("ink", lora)
+        found = client.list_objects_v2(Bucket="locked")["Contents"]
+        assert len(found) == 4
+        for item in found:
+            lock = client.get_object_retention(Bucket="locked", Key=item["Key"])["Retention"]
+            assert lock["Mode"] == "COMPLIANCE"
+            days = (lock["RetainUntilDate"] - manifest.created).total_seconds() / 86400
+            assert 29.9 < days < 30.1
 
 
 def test_settings_are_made_once(aws: boto3.client) -> None:

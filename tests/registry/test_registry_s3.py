@@ -224,7 +224,11 @@ for turn in range(int(turns)):
 """
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["undisturbed", "one is killed"])
+@pytest.mark.parametrize(
+    "killed",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["undisturbed", "one is killed"],
+)
 def test_racing_pushes_get_different_versions(
     server: Server,
     use: Callable[..., Registry],
