@@ -16,7 +16,6 @@ from tests.registry import servers
 from tests.registry.fault_proxy import FaultProxy, fault_proxy
 from tests.registry.servers import Server
 
-
 _QUICK = (faults.CUT, faults.REPEAT, faults.SPOIL_REQUEST, faults.SPOIL_ANSWER)
 
 
