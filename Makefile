@@ -11,13 +11,14 @@ SHEET := demo/contact-sheet.png
 DRAWN := penguin hamster birthday-cake bus taco violin crying-face nerd-face
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow full-size parity lint format lock clean
+.PHONY: help demo test test-slow test-s3 full-size parity lint format lock clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train a LoRA on two processes, publish it, draw with it"
 	@echo "make test       lint, types and the fast tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-s3    the registry on your own S3 server: ENDPOINT=https://... BUCKET=..."
 	@echo "make full-size  SD 1.5 and 2.1 at full size, random weights (20 GB memory, 20 GB disk)"
 	@echo "make parity     compare with PyTorch, diffusers and PEFT (Python 3.11 or 3.12)"
 	@echo "make lint       ruff and mypy;  make format  put the code in shape"
@@ -60,6 +61,13 @@ full-size: $(INSTALLED)
 
 parity: $(PARITY)
 	@$(BIN)/pytest -m parity --timeout 3600
+
+test-s3: $(INSTALLED)
+	@$(if $(and $(ENDPOINT),$(BUCKET)),,$(error give ENDPOINT=https://... and BUCKET=...))
+	@$(BIN)/lora-registry doctor --registry s3://$(BUCKET)/lora-registry-test \
+	    --endpoint-url $(ENDPOINT)
+	@LORA_TEST_S3_ENDPOINT=$(ENDPOINT) LORA_TEST_S3_BUCKET=$(BUCKET) \
+	    $(BIN)/pytest -m "" -v -k own tests/registry/test_registry_s3.py
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet .

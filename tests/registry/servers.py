@@ -20,6 +20,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 START_SECONDS = 60
 CEPH_ATTEMPTS = 4
+OWN = "own"
+"""A server that was there before, with credentials in the environment."""
 ACCESS_KEY, SECRET_KEY = "publisher", "a-secret-of-the-tests"
 
 
@@ -29,10 +31,13 @@ class Server:
 
     name: str
     endpoint_url: str
+    bucket: str = "loras"
 
     @property
     def environment(self) -> dict[str, str]:
         """What makes any client in this process, or one that it starts, use it."""
+        if self.name == OWN:
+            return {"AWS_ENDPOINT_URL_S3": self.endpoint_url}
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -210,7 +215,7 @@ mon addr = 127.0.0.1:{monitor}
         run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", uuid)
         run("ceph", "osd", "crush", "add", "osd.0", "1.0", "host=localhost", "root=default")
         begin("ceph-osd", "-f", "-i", "0")
-        for user in (ACCESS_KEY, "reader"):
+        for user in (ACCESS_KEY, "reader", "writer"):
             run(
                 *("radosgw-admin", "user", "create", f"--uid={user}", f"--display-name={user}"),
                 *(f"--access-key={user}", f"--secret-key={SECRET_KEY}"),

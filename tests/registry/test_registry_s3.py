@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from registry.creation import probe
 from registry.s3 import S3Store
 from tests.registry import servers
 from tests.registry.servers import Server
+
+RUN = uuid.uuid4().hex[:8]
+"""So that what an earlier run has left is not met again."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,16 @@ def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(params=["seaweedfs", "rclone"])
+@pytest.fixture(scope="module")
+def own() -> Server:
+    """The server that `make test-s3` names."""
+    endpoint_url = os.environ.get("LORA_TEST_S3_ENDPOINT")
+    if not endpoint_url:
+        pytest.skip("no server is named; see `make test-s3`")
+    return Server(servers.OWN, endpoint_url, os.environ["LORA_TEST_S3_BUCKET"])
+
+
+@pytest.fixture(params=["seaweedfs", "rclone", pytest.param("own", marks=pytest.mark.slow)])
 def server(request: pytest.FixtureRequest) -> Server:
     found: Server = request.getfixturevalue(request.param)
     return found
@@ -44,7 +58,8 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Regist
         for key, value in {**values, **environment}.items():
             monkeypatch.setenv(key, value)
         own = "".join(c for c in tmp_path.name if c.isalnum() or c == "_")
-        return open_registry(f"s3://loras/{prefix or own}")
+        folder = "lora-registry-test/" if server.name == servers.OWN else ""
+        return open_registry(f"s3://{server.bucket}/{folder}{prefix or own}-{RUN}")
 
     return begin
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from registry.aliases import set_alias
 from registry.api import Registry, RegistryError, blob_key
+from registry.cli import main
 from registry.states import remove
-from registry.upkeep import collect, verify
+from registry.upkeep import collect, superfluous, verify
 
 NONE = timedelta(0)
 
@@ -74,3 +77,25 @@ def test_no_registry(loras: Registry) -> None:
     for act in (lambda: verify(loras, None), lambda: collect(loras)):
         with pytest.raises(RegistryError, match="there is no registry"):
             act()
+
+
+def test_what_is_kept(loras: Registry, make_lora: Callable[..., Path], folder: Path) -> None:
+    for number, score in enumerate((0.4, 0.2, 0.5, 0.3, 0.6)):
+        loras.push("ink", make_lora(f"{number}.safetensors", number), metrics={"loss": score})
+    loras.push("oil", make_lora("oil.safetensors", 9))
+    set_alias(loras, "ink", "prod", 3)
+    assert superfluous(loras, "*", None, None) == []
+    assert superfluous(loras, "*", 2, None) == ["ink@1", "ink@2"]
+    assert superfluous(loras, "*", 1, "lowest:loss") == ["ink@1", "ink@4"]
+    assert superfluous(loras, "o*", 1, None) == []
+    assert superfluous(loras, "*", None, "highest:loss") == ["ink@1", "ink@2", "ink@4"]
+    with pytest.raises(
+        RegistryError, match="expected lowest:METRIC or highest:METRIC, found 'loss'"
+    ):
+        superfluous(loras, "*", None, "loss")
+    run, where = CliRunner(), ["--registry", str(folder)]
+    shown = run.invoke(main, ["gc", "--keep-last", "2", *where])
+    assert shown.stdout == "remove  ink@1\nremove  ink@2\n"
+    assert loras.versions("ink") == [1, 2, 3, 4, 5]
+    assert run.invoke(main, ["gc", "--keep-last", "2", "--apply", *where]).exit_code == 0
+    assert loras.versions("ink") == [3, 4, 5]
