@@ -357,7 +357,8 @@ class S3Store:
     def _fetch(self, key: str, entry: FileEntry, path: Path, progress: Progress) -> bool:
         """Fill a file with a blob, in ranges, several at once; False if there is no such blob.
 
-        Each range is compared with its digest, so what an earlier try has fetched is kept.
+        Each range is compared with its digest, so what an earlier try has fetched is kept. What the
+        cache loses with the power is found out when it is used, so nothing waits for the disk here.
         """
         digests = entry.chunks or (entry.sha256,)
         with os_errors(f"write to the cache {self.cache.folder}"):
@@ -383,7 +384,6 @@ class S3Store:
                 with self.errors("read objects"):
                     if not all(_all_at_once(receive, lacking)):
                         return False
-                os.fsync(file.fileno())
         return True
 
     def _range(self, key: str, chunk: Chunk) -> bytes | None:
