@@ -30,6 +30,8 @@ class Cache:
         self.limit = limit
         """Bytes of blobs; those that were used least lately go first."""
         self.offline = offline
+        self._room: int | None = None
+        """Bytes that may come before it is looked at again whether all still fits."""
 
     def blob(self, sha256: str) -> Path:
         """Where a blob is, or would be."""
@@ -57,8 +59,12 @@ class Cache:
             yield part, False
             if part.exists():
                 with os_errors(f"write to the cache {self.folder}"):
+                    size = part.stat().st_size
                     os.replace(part, path)
-                    self._shrink(path)
+                    if self._room is None or self._room < size:
+                        self._shrink(path)
+                    else:
+                        self._room -= size
         finally:
             os.close(lock)
 
@@ -98,6 +104,8 @@ class Cache:
             room -= size
             if room < 0:
                 path.unlink(missing_ok=True)
+        # Others fill it too: a hundredth of it may be too much for a moment.
+        self._room = min(max(room, 0), self.limit // 100)
 
 
 def default_cache(offline: bool = False) -> Cache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,16 @@ def chunks_of(size: int) -> Iterator[Chunk]:
 
 def digests(path: Path) -> tuple[str, tuple[str, ...]]:
     """SHA-256 in hex of a file and of each of its chunks. Raises OSError."""
-    whole, parts = hashlib.sha256(), []
-    with path.open("rb") as file:
+    whole = hashlib.sha256()
+    parts: list[str] = []
+    with path.open("rb") as file, ThreadPoolExecutor(2) as pool:
         while data := file.read(CHUNK_BYTES):
+            if len(data) < CHUNK_BYTES and not parts:
+                whole.update(data)
+                return whole.hexdigest(), (whole.hexdigest(),)
+            part = pool.submit(hashlib.sha256, data)  # beside the whole: both let go of the GIL
             whole.update(data)
-            parts.append(hashlib.sha256(data).hexdigest())
+            parts.append(part.result().hexdigest())
     return whole.hexdigest(), tuple(parts)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +52,14 @@ def copy_hashing(
             target.write(chunk)
             progress(len(chunk))
     return digest.hexdigest()
+
+
+def copy_whole(source: Path, target: BinaryIO) -> None:
+    """Copy ``source`` into ``target``. Raises OSError if not all of it arrives."""
+    with source.open("rb") as file:
+        shutil.copyfileobj(file, target, _CHUNK)
+        if file.tell() != target.tell():
+            raise OSError(errno.EIO, "the copy is shorter than the file", str(source))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -50,6 +50,9 @@ class Store(Protocol):
     def location(self) -> str:
         """How the user names the store."""
 
+    verified: bool
+    """Has a file of `blob_file` been compared with its digest?"""
+
     def names(self, prefix: str) -> list[str]:
         """The sorted names directly under ``prefix``; empty if there is nothing."""
 
@@ -89,7 +92,7 @@ class Store(Protocol):
     def blob_file(self, key: str, entry: FileEntry, progress: Progress = silent) -> Path | None:
         """A local file, to read only, with what the store has as this blob; ``None`` if it has not.
 
-        Whether the bytes are those of ``entry`` is for the reader to see.
+        Unless ``verified``, whether the bytes are those of ``entry`` is for the reader to see.
         """
 
     def entries(self, prefix: str) -> Iterator[Entry]:
@@ -118,6 +121,8 @@ class FolderStore:
     Objects are read-only files. Names that begin with a dot are temporary files of a writer at
     work or killed, and not objects.
     """
+
+    verified = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
