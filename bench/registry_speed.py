@@ -29,8 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from registry.api import open_registry
+from registry import documents
+from registry.api import manifest_key, open_registry
 from registry.models import models
+from registry.s3 import S3Store
 from tests.registry import servers
 from tests.registry.fault_proxy import fault_proxy
 
@@ -174,9 +176,14 @@ def listing(folder: Path, names: int, versions: int) -> None:
         file.write_bytes(b"x" * 1000)
         registry = open_registry("s3://loras/list")
 
-        def fill(number: int) -> None:
-            for _ in range(versions):
-                registry.push(f"lora-{number:04d}", file)
+        assert isinstance(registry.store, S3Store)
+        store = registry.store
+
+        def fill(number: int) -> None:  # what pushes write, without their checks
+            first = registry.push(f"lora-{number:04d}", file)
+            for version in range(2, versions + 1):
+                manifest = first.model_copy(update={"version": version})
+                store.put(manifest_key(first.name, version), documents.sealed(manifest))
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(fill, range(names)))
