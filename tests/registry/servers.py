@@ -108,6 +108,7 @@ def seaweedfs(folder: Path) -> Iterator[Server]:
         *("-ip.bind=127.0.0.1", "-s3", f"-s3.port={s3}", f"-s3.config={config}"),
         *("-s3.autoCreateBucket=false", "-master.volumeSizeLimitMB=64", "-volume.max=400"),
         *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"),
+        *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
     ]
     with _running("SeaweedFS", command, folder, s3) as server:
         yield server
