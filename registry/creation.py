@@ -30,10 +30,10 @@ _WAYS: tuple[Way, ...] = ("If-None-Match", "x-obs-forbid-overwrite", "x-oss-forb
 _CONFLICTS = 20
 _RACERS, _RACES = 4, 3
 _PROBE_DAYS = 30
-_CLAIM_SECONDS = 60.0
+_CLAIM_SECONDS = 25.0
 """A claim older than this is that of a process that died."""
-_HOLD_SECONDS = 15.0
-"""Who has held a claim for longer than this does not write."""
+_HOLD_SECONDS = 5.0
+"""Who has held a claim for longer than this does not write. A write takes 10 s at most."""
 _WAIT_SECONDS = 180.0
 
 
@@ -150,54 +150,95 @@ def _claimed(store: S3Store, key: str, data: bytes, refused: bool) -> bool:
     """Claim the key, write if nobody else claims it.
 
     If two writers saw but their own claims, each would have listed before the other had written
-    its claim, which cannot be where a listing shows what has been written. A claim is that of a
-    dead process once it is older than anyone writes under. Raises RegistryError if the server
-    does not list what was written, or others hold the key all the time.
+    its claim, which cannot be where a listing shows what has been written. Of several claims all
+    but the oldest are withdrawn, so that one of them gets its turn; a claim is that of a dead
+    process once it is older than anyone writes under. Raises RegistryError if the server does not
+    list what was written, or others hold the key all the time.
     """
-    from botocore.exceptions import ClientError
-
     folder, deadline = f"claims/{key}/", time.monotonic() + _WAIT_SECONDS
-    while True:
+    while time.monotonic() < deadline:
         if store.size(key) is not None:
             return False
-        own, began = f"{folder}{uuid.uuid4().hex}", time.monotonic()
-        with store.errors("write objects"):
-            store.put(own, b"")
-        written = False
-        try:
-            claims = list(store.entries(folder))
-            others = [claim for claim in claims if claim.key != own]
-            if len(claims) == len(others):
-                raise RegistryError(
-                    f"{store.place.words}: the server does not list what was just written, and has "
-                    "no conditional writes, so two pushes could take one version; use another one"
-                )
-            if not others:
-                if store.size(key) is not None:
-                    return False
-                if time.monotonic() - began < _HOLD_SECONDS:
-                    with store.errors("write objects"):
-                        try:
-                            store.put_once(key, data, **({} if refused else {"IfNoneMatch": "*"}))
-                        except ClientError as error:
-                            if status_of(error) in (409, 412):
-                                return False
-                            raise
-                    written = True
-                    return True
-        finally:
-            with contextlib.suppress(RegistryError) if written else contextlib.nullcontext():
+        waiting = _living(store, folder)
+        if not waiting:
+            own = f"{folder}{time.time_ns():020d}-{uuid.uuid4().hex}"
+            last = time.monotonic() + _HOLD_SECONDS
+            with store.errors("write objects"):
+                store.put(own, b"")
+            waiting = _until_alone(store, folder, own, last)
+            if not waiting:
+                written = _write_alone(store, key, data, refused, last)
+                with contextlib.suppress(RegistryError):  # it is of no account any more
+                    store.delete(own)
+                if written is not None:
+                    return written
+            else:
                 store.delete(own)
-        now = store.now()
-        for claim in others:
-            if now - claim.modified > timedelta(seconds=_CLAIM_SECONDS):
-                store.delete(claim.key)
-        if time.monotonic() > deadline:
+        time.sleep(random.uniform(0.05, 0.1) * len(waiting))
+    raise RegistryError(
+        f"{store.place.words}: others claim {key} all the time; try again, or remove "
+        f"{store.place.location}/{folder} if nobody pushes"
+    )
+
+
+def _living(store: S3Store, folder: str) -> list[str]:
+    """The claims under a key, oldest first, after those of dead processes are removed."""
+    claims = list(store.entries(folder))
+    if not claims:
+        return []
+    now, living = store.now(), []
+    for claim in claims:
+        if now - claim.modified > timedelta(seconds=_CLAIM_SECONDS):
+            store.delete(claim.key)
+        else:
+            living.append(claim.key)
+    return living
+
+
+def _until_alone(store: S3Store, folder: str, own: str, last: float) -> list[str]:
+    """The claims because of which one's own is to be withdrawn; none if it stands alone before
+    the time `last`."""
+    while True:
+        claims = [claim.key for claim in store.entries(folder)]
+        if own not in claims:
             raise RegistryError(
-                f"{store.place.words}: others claim {key} all the time; try again, or remove "
-                f"{store.place.location}/{folder} if nobody pushes"
+                f"{store.place.words}: the server does not list what was just written, and has "
+                "no conditional writes, so two pushes could take one version; use another one"
             )
-        time.sleep(random.uniform(0.05, 0.5))
+        if time.monotonic() > last or claims[0] != own:
+            return claims
+        if claims == [own]:
+            return []
+        time.sleep(random.uniform(0.02, 0.05))
+
+
+def _write_alone(store: S3Store, key: str, data: bytes, refused: bool, last: float) -> bool | None:
+    """Write the object if it is still not there; None if nothing was written before `last`.
+
+    A write whose answer is lost is made again with the same bytes, which does no harm. Raises
+    RegistryError where it remains unknown; the claim is then left to grow old.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    if store.size(key) is not None:
+        return False
+    with store.errors("write objects"):
+        unknown: Exception | None = None
+        while time.monotonic() < last:
+            try:
+                store.put_once(key, data, **({} if refused else {"IfNoneMatch": "*"}))
+                return True
+            except ClientError as error:
+                if status_of(error) in (409, 412) and unknown is None:
+                    return False
+                if status_of(error) < 500:
+                    raise
+            except BotoCoreError as error:
+                unknown = error
+            time.sleep(random.uniform(0.02, 0.1))
+        if unknown is not None:
+            raise unknown
+    return None
 
 
 def _remembered(store: S3Store) -> Probe | None:

@@ -85,25 +85,33 @@ def conditional(world: World, who: int) -> Iterator[World]:
 def claiming(
     world: World, who: int, *, second_look: bool = True, lists: bool = True, lease: bool = True
 ) -> Iterator[World]:
-    """HEAD, PUT claim, LIST claims, HEAD, PUT, DELETE claim, where conditions do nothing."""
+    """HEAD, LIST claims, PUT claim, LIST claims until alone, HEAD, PUT, DELETE claim, where
+    conditions do nothing. The order of clients stands for that of the times in claims."""
     me = world.clients[who]
     mine = (me.number, who)
     if me.at == "list":
         yield world.move(who, at="look", number=world.newest() + 1)
     elif me.at == "look":
         taken = world.owner(me.number) is not None
-        yield world.move(who, at="list" if taken else "claim")
+        yield world.move(who, at="list" if taken else "peek")
+    elif me.at == "peek":
+        claims = {claim for claim in world.claims if claim[0] == me.number}
+        yield world.move(who, at="look" if claims else "claim")
+        for claim in claims:  # one whose holder died, or has held it for too long
+            holder = world.clients[claim[1]]
+            if holder.at == CRASHED or holder.slow:
+                yield replace(world, claims=world.claims - {claim}).move(who, at="look")
     elif me.at == "claim":
         after = replace(world, claims=world.claims | {mine})
         yield after.move(who, at="claims" if lists else "again", slow=False)
     elif me.at == "claims":
-        others = {claim for claim in world.claims if claim[0] == me.number} - {mine}
-        alone = not others and mine in world.claims
-        yield world.move(who, at="again" if alone and second_look else "put" if alone else "leave")
-        for claim in others:  # one whose holder died, or has held it for too long
-            holder = world.clients[claim[1]]
-            if holder.at == CRASHED or holder.slow:
-                yield replace(world, claims=world.claims - {claim}).move(who, at="leave")
+        claims = {claim for claim in world.claims if claim[0] == me.number}
+        if claims == {mine}:
+            yield world.move(who, at="again" if second_look else "put")
+        else:
+            yield world.move(who, at="leave")
+            if claims and mine == min(claims):
+                yield world  # it waits for the others to leave
     elif me.at == "again":
         yield world.move(who, at="leave" if world.owner(me.number) is not None else "put")
     elif me.at == "put":
