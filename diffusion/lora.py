@@ -110,14 +110,40 @@ def inject(
         draw = generator(seed, f"lora_down {module}").uniform(-bound, bound, down.shape)
         down.set_data(Tensor(draw, ms.float32))
         up.set_data(Tensor(np.zeros(up.shape), ms.float32))
-        parent, _, leaf = module.rpartition(".")
-        owner = cells[parent]
-        if isinstance(owner, nn.CellList):
-            owner[int(leaf)] = adapted
-        else:
-            setattr(owner, leaf, adapted)
+        _replace(cells, module, adapted)
     name_parameters(network)
     return modules
+
+
+def attach(network: nn.Cell, adapters: Mapping[str, Adapter]) -> None:
+    """Put adapters beside the weights of their modules, of whatever ranks, to draw with."""
+    cells = dict(network.cells_and_names())
+    for module, adapter in adapters.items():
+        layer = cells[module]
+        kind = LoRALinear if isinstance(layer, Linear) else LoRAConv2d
+        _replace(cells, module, kind(layer, adapter.rank, adapter.scale, None))
+    name_parameters(network)
+    set_attached(network, adapters)
+
+
+def set_attached(network: nn.Cell, adapters: Mapping[str, Adapter]) -> None:
+    """Put other matrices into adapters of `attach`; shapes and scales must be the same."""
+    cells = dict(network.cells_and_names())
+    for module, adapter in adapters.items():
+        cell = cells[module]
+        assert cell.scale == adapter.scale
+        cell.lora_down.weight.set_data(Tensor(adapter.down, ms.float32))
+        cell.lora_up.weight.set_data(Tensor(adapter.up, ms.float32))
+
+
+def _replace(cells: Mapping[str, nn.Cell], module: str, adapted: nn.Cell) -> None:
+    """Put a layer with an adapter where the one without was."""
+    parent, _, leaf = module.rpartition(".")
+    owner = cells[parent]
+    if isinstance(owner, nn.CellList):
+        owner[int(leaf)] = adapted
+    else:
+        setattr(owner, leaf, adapted)
 
 
 def lora_parameters(network: nn.Cell) -> list[Parameter]:

@@ -61,17 +61,22 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
         """Returns int32 ids of shape (len(texts), context_length); longer texts are cut off."""
-        rows = np.full((len(texts), self.context_length), self.pad_token_id, np.int32)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [BOS_TOKEN_ID, *self._ids(text)[: self.context_length - 2], EOS_TOKEN_ID]
-            row[: len(ids)] = ids
-        return rows
+        length = self.context_length - 2
+        rows = [self.row(self.ids(text)[:length]) for text in texts]
+        return np.array(rows, np.int32).reshape(-1, self.context_length)
+
+    def row(self, ids: Sequence[int]) -> npt.NDArray[np.int32]:
+        """Returns int32 (context_length,): at most context_length - 2 ids between their marks."""
+        row = np.full(self.context_length, self.pad_token_id, np.int32)
+        row[: len(ids) + 2] = [BOS_TOKEN_ID, *ids, EOS_TOKEN_ID]
+        return row
 
     def token_count(self, text: str) -> int:
         """Returns how many ids the whole text needs, with its beginning- and end-of-text token."""
-        return len(self._ids(text)) + 2
+        return len(self.ids(text)) + 2
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """Returns the ids of the whole text, without marks and padding."""
         # One text at a time: `encode_batch` starts threads, which a later fork does not survive.
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 

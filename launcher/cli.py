@@ -233,10 +233,10 @@ def _input_errors() -> tuple[type[Exception], ...]:
     """What the rooms raise for bad input, each with one sentence for the user."""
     from cluster.errors import ClusterError
     from diffusion.config import ModelConfigError
+    from diffusion.images import DataError
     from launcher.errors import LaunchError
     from registry.errors import RegistryError
     from trainer.config import ConfigError
-    from trainer.images import DataError
     from weights.files import WeightsError
 
     return (

@@ -60,7 +60,7 @@ def resolve(text: str, location: str | None) -> Operand:
 def weighted(text: str) -> tuple[str, float]:
     """`style@3:0.7` → ("style@3", 0.7); without a weight it is 1."""
     head, colon, tail = text.rpartition(":")
-    if not colon or os.path.exists(text):
+    if not colon or os.path.exists(text) or head.endswith("@sha256"):
         return text, 1.0
     try:
         weight = float(tail)

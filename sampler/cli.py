@@ -1,260 +1,291 @@
-"""`lora-sample`: draws with a base model and a LoRA from the registry."""
+"""`lora-sample`: draws with a base model and LoRAs."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
+import sys
 import traceback
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from registry.command_line import OneSentenceErrors
+from sampler.errors import SampleError
+from sampler.picture import SOLVERS, SPACINGS
+from sampler.plan import LARGEST_SEED, parse_axis
+from sampler.prompt_file import parse, read
 
-if TYPE_CHECKING:
-    from diffusion.config import ModelConfig
-    from weights.base import Base
-    from weights.lora import Adapters
 
-
-@click.command(
-    cls=OneSentenceErrors,
-    epilog="Example: lora-sample --registry runs/registry --lora emoji-ink@1 "
-    '--prompt "ink emoji of penguin" --seed 7 --out penguin.png',
-)
+@click.command(cls=OneSentenceErrors)
 @click.option(
     "--lora",
-    required=True,
-    metavar="NAME[@VERSION]|FILE",
-    help="A LoRA in the registry, or a LoRA file of any dialect (then name its --base).",
+    "loras",
+    multiple=True,
+    metavar="NAME[@VERSION|@ALIAS][:WEIGHT]|FILE[:WEIGHT]",
+    help="A LoRA in the registry, or a file of any dialect; given again, they are added up. "
+    "Without one the --base draws.",
 )
-@click.option("--registry", envvar="LORA_REGISTRY", help="Its registry: a folder.")
 @click.option(
-    "--prompt", "prompts", multiple=True, required=True, help="What to draw; may be given again."
+    "--registry", envvar="LORA_REGISTRY", help="Their registry: a folder or s3://BUCKET/PREFIX."
+)
+@click.option("--prompt", "prompts", multiple=True, help="What to draw; may be given again.")
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Prompts, one a line, each with settings of its own if need be: --n negative, --w, --h, "
+    "--s steps, --d seed, --l scale.",
 )
 @click.option("--negative", default="", help="What to keep away from.")
 @click.option(
     "--seed",
     default=0,
     show_default=True,
-    type=click.IntRange(0, 2**63 - 1),
+    type=click.IntRange(0, LARGEST_SEED),
     help="Seed of the first picture; each further one takes the next.",
 )
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(1, 1000))
 @click.option(
-    "--scale", default=4.0, show_default=True, help="Classifier-free guidance; 1 turns it off."
+    "--images-per-prompt",
+    "per_prompt",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 10_000),
+    help="Pictures of each prompt.",
 )
-@click.option("--weight", default=1.0, show_default=True, help="Strength of the LoRA.")
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--solver", default="dpm++2m", show_default=True, type=click.Choice(SOLVERS))
+@click.option(
+    "--spacing",
+    type=click.Choice(SPACINGS),
+    help="Of the timesteps. Default: the solver's; trailing after training with zero-terminal SNR.",
+)
+@click.option(
+    "--eta",
+    type=click.FloatRange(0, 1),
+    help="Noise that ddim and euler-a add again. Default: 0 for ddim, 1 for euler-a.",
+)
+@click.option(
+    "--scale",
+    default=4.0,
+    show_default=True,
+    type=click.FloatRange(0, 1000),
+    help="Classifier-free guidance; 1 turns it off and takes half the time.",
+)
+@click.option(
+    "--rescale",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Guidance rescale, against pictures that are too bright; 0.7 is usual.",
+)
+@click.option("--size", metavar="N|WxH", help="Pixels. Default: the model's own.")
+@click.option(
+    "--grid",
+    "axes",
+    multiple=True,
+    metavar="SETTING=V,V,…",
+    help="Draw every value of a setting, such as weight=0,0.5,1, side by side; given twice, in "
+    "columns and rows. Also lora=, steps=, scale=, solver=, seed=, prompt=, negative=, ….",
+)
+@click.option("--compare", is_flag=True, help="Draw each picture with the base alone, too.")
+@click.option(
+    "--again",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PICTURE",
+    help="Draw this picture once more, from what it says of itself; may be given again.",
+)
+@click.option(
+    "--out",
+    default=Path("pictures"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where each picture becomes a PNG. What is there already is not drawn anew.",
+)
+@click.option(
+    "--sheet",
+    type=click.Path(path_type=Path),
+    metavar="PNG",
+    help="All pictures on one page. Default: none, but with --grid and --compare DIR/sheet.png.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace other pictures.")
 @click.option(
     "--base",
     metavar="PATH",
-    help="The base model, a folder or a file; default: the one that the LoRA was trained on.",
+    help="The base model, a folder or a file. Default: the one that the LoRA was trained on.",
 )
 @click.option("--model", help="Which model the base is, if its weights do not say it: sd21-v, …")
+@click.option("--other-base", is_flag=True, help="Draw although --base is not the LoRA's own.")
+@click.option("--ignore-unknown", is_flag=True, help="Leave out what the base has no place for.")
 @click.option(
-    "--ignore-unknown",
+    "--apart",
     is_flag=True,
-    help="Leave out what the base has no place for.",
+    help="Keep LoRAs beside the weights instead of merging them: slower, but other weights of them "
+    "cost nothing.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="PNG to write.")
-@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @click.option(
-    "--device-target", default="CPU", show_default=True, type=click.Choice(["CPU", "Ascend"])
+    "--batch",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 256),
+    help="Pictures in one pass. More are faster, but the last bits then depend on the place in it.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    help="auto: fp16 on Ascend, fp32 on CPU.",
+)
+@click.option(
+    "--device-target",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "CPU", "Ascend"]),
+)
+@click.option(
+    "--devices", metavar="N|IDS", help="Draw on several devices; the pictures are the same."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print everything about the pictures as JSON."
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(**options: Any) -> None:
-    """Draw base and LoRA side by side, from the same seeds, into one contact sheet."""
+def main(**options: Any) -> int:
+    """Draw with a base model and LoRAs: a PNG for each prompt and seed.
+
+    Prints the files. Each says how it was drawn, so that --again can do it once more, to the bit on
+    the same platform. In a prompt, (word:1.3) counts more and (word:0.7) less; long ones are not
+    cut off.
+
+    \b
+    Example:
+      lora-sample --registry runs/registry --lora emoji-ink --prompt "ink emoji of penguin"
+      lora-sample --lora style@3:0.7 --lora hero.safetensors --prompts scenes.txt --devices 8
+      lora-sample --lora style@prod --prompt "a fox" --grid weight=0,0.5,1 --grid steps=10,20
+      lora-sample --again pictures/0001-a-fox-7.png --out again
+    """
     as_json, debug = options.pop("as_json"), options.pop("debug")
     try:
-        result = sample(**options)
+        drawn, sheet = _draw(options)
     except _input_errors() as error:
         if debug:
             traceback.print_exc()
         raise click.ClickException(str(error)) from error
-    click.echo(json.dumps(result) if as_json else result["out"])
+    except KeyboardInterrupt:
+        click.echo(
+            f"interrupted; the pictures that are done are in {options['out']}, and the same "
+            "command goes on",
+            err=True,
+        )
+        return 130
+    if as_json:
+        pictures = {"pictures": drawn.records, "sheet": str(sheet) if sheet else None}
+        click.echo(json.dumps(pictures, indent=2, ensure_ascii=False))
+    else:
+        for found in drawn.records:
+            click.echo(found["file"])
+        if sheet:
+            click.echo(sheet)
+    if drawn.bad:
+        names = ", ".join(path.name for path in drawn.bad[:5])
+        more = f" and {len(drawn.bad) - 5} more" if len(drawn.bad) > 5 else ""
+        click.echo(
+            f"error: {len(drawn.bad)} pictures came out as NaN and are not saved ({names}{more}); "
+            "use --precision fp32, or a smaller weight of the LoRA",
+            err=True,
+        )
+        return 2
+    return 0
+
+
+def _draw(options: dict[str, Any]) -> tuple[Any, Path | None]:
+    """Draw as the options say; what was drawn, and its sheet."""
+    from sampler import sample
+
+    loras, prompts, prompt_file, axes, again, sheet, size = (
+        options.pop(key)
+        for key in ("loras", "prompts", "prompt_file", "axes", "again", "sheet", "size")
+    )
+    where = sample.Where(
+        **{
+            key: options.pop(key)
+            for key in list(options)
+            if key in sample.Where.__dataclass_fields__
+        }
+    )
+    if again:
+        if loras or prompts or prompt_file or axes or sheet:
+            raise SampleError(
+                "--again takes everything from the picture; leave out --lora, --prompt, --prompts, "
+                "--grid and --sheet"
+            )
+        return sample.draw_again(again, where), None
+    if len(axes) > 2:
+        raise SampleError(f"--grid is given {len(axes)} times; a sheet has two sides")
+    if axes and options["compare"]:
+        raise SampleError("--compare does not go with --grid; use --grid weight=0,1")
+    if not loras and where.base is None:
+        raise SampleError("nothing to draw with; name a LoRA with --lora, or a --base")
+    if options["compare"] and not loras:
+        raise SampleError("--compare needs a --lora to compare the base with")
+    parsed = tuple(parse_axis(text) for text in axes)
+    if len({axis.key for axis in parsed}) < len(parsed):
+        raise SampleError(f"--grid {parsed[0].key} is given twice; use two settings")
+    lines = [*(parse(text, "--prompt") for text in prompts)]
+    lines += read(prompt_file) if prompt_file else []
+    if not lines and not any(axis.key == "prompt" for axis in parsed):
+        raise SampleError("nothing says what to draw; give --prompt or --prompts")
+    if sheet is None and (axes or options["compare"]):
+        sheet = where.out / "sheet.png"
+    if where.out.exists() and not where.out.is_dir():
+        raise SampleError(f"--out {where.out}: expected a folder, found a file; name another one")
+    if sheet is not None:
+        sample.check_sheet(sheet, where.overwrite)
+    drawn = sample.sample(
+        sample.Request(
+            loras=tuple(_weighted(text) for text in loras),
+            prompts=tuple(lines),
+            size=_size(size),
+            axes=parsed,
+            **options,
+        ),
+        where,
+    )
+    if sheet is not None:
+        sample.write_sheet(drawn, sheet, where.overwrite, bool(axes))
+    return drawn, sheet
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    from registry.weight_tools import weighted
+
+    return weighted(text)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})(?:[xX×](\d{1,5}))?", text)
+    if not match:
+        raise SampleError(f"--size {text}: expected pixels such as 512 or 512x768")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _input_errors() -> tuple[type[Exception], ...]:
-    """What the rooms raise for bad input, each with one sentence for the user."""
-    from diffusion.config import ModelConfigError
-    from registry.errors import RegistryError
-    from weights.files import WeightsError
-
-    return ModelConfigError, RegistryError, SampleError, WeightsError
-
-
-class SampleError(ValueError):
-    """A picture that cannot be drawn as asked; the message is one sentence."""
-
-
-def sample(
-    lora: str,
-    registry: str | None,
-    prompts: tuple[str, ...],
-    negative: str,
-    seed: int,
-    steps: int,
-    scale: float,
-    weight: float,
-    base: str | None,
-    model: str | None,
-    ignore_unknown: bool,
-    out: Path,
-    overwrite: bool,
-    device_target: str,
-) -> dict[str, Any]:
-    """Draw, write the sheet and return what was done as plain values.
-
-    Raises SampleError, RegistryError, ModelConfigError or WeightsError, each one sentence.
-    """
-    from diffusion.config import recognise
-    from weights.base import combined_digest
-    from weights.lora import fit
-    from weights.lora_files import read
-
-    if out.exists() and not overwrite:
-        raise SampleError(f"{out}: the file exists; choose another --out or add --overwrite")
-    found = _local(lora, base) if Path(lora).is_file() else _registered(lora, registry, base)
-    name, config = recognise(found.base, model or found.model)
-    shapes = {network: parts.shapes for network, parts in found.base.networks.items()}
-    adapters = fit(
-        read(found.file, ignore_unknown).adapters,
-        shapes,
-        found.name,
-        str(found.base.path),
-        ignore_unknown,
-    )
-    settings, rows = _draw(
-        config,
-        found.base,
-        adapters,
-        prompts,
-        [seed + i for i in range(len(prompts))],
-        {"steps": steps, "scale": scale, "negative": negative},
-        weight,
-        device_target,
-    )
-    record = {
-        "lora": found.name,
-        "lora_sha256": found.sha256,
-        "model": name,
-        "base_digest": combined_digest(found.base.digests()),
-        "prompts": list(prompts),
-        "seed": seed,
-        "weight": weight,
-        **settings,
+    """What the rooms raise for bad input, each with one sentence for the user; those of rooms that
+    were not loaded were not raised."""
+    names = {
+        "cluster.errors": "ClusterError",
+        "diffusion.config": "ModelConfigError",
+        "registry.errors": "RegistryError",
+        "weights.files": "WeightsError",
     }
-    _write(out, [("base", rows[0]), (found.name, rows[1])], prompts, record)
-    return {"out": str(out), **record}
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A LoRA's file and the base to draw it with."""
-
-    name: str
-    file: Path
-    sha256: str
-    base: Base
-    model: str | None
-
-
-def _local(lora: str, base: str | None) -> _Found:
-    """A LoRA file of any dialect; nothing says which base it is for."""
-    from weights.base import open_base
-    from weights.files import sha256
-
-    if base is None:
-        raise SampleError(f"{lora}: a file does not say where its base is; name it with --base")
-    path = Path(lora)
-    return _Found(path.name, path, sha256(path), open_base(base), None)
-
-
-def _registered(lora: str, registry: str | None, base: str | None) -> _Found:
-    """A LoRA from the registry, with the base that its manifest names, checked by digest."""
-    from registry.api import open_registry
-    from weights.base import combined_digest, open_base
-
-    if not registry:
-        raise SampleError(
-            f"there is no file {lora}, and no registry is named; give --registry or set "
-            "LORA_REGISTRY"
-        )
-    file, manifest = open_registry(registry).fetch(lora)
-    lineage = manifest.metadata.get("base")
-    if not isinstance(lineage, dict) or not {"model", "weights", "digest"} <= lineage.keys():
-        raise SampleError(f"{manifest.reference}: its manifest does not name a base model")
-    opened = open_base(base or str(lineage["weights"]))
-    found = combined_digest(opened.digests())
-    if found != lineage["digest"]:
-        raise SampleError(
-            f"{manifest.reference} was trained on a base with digest "
-            f"{str(lineage['digest'])[:12]}…, {opened.path} has {found[:12]}…; name the right one "
-            "with --base"
-        )
-    sha256 = manifest.files[0].sha256
-    return _Found(manifest.reference, file, sha256, opened, str(lineage["model"]))
-
-
-def _draw(
-    config: ModelConfig,
-    base: Base,
-    adapters: Adapters,
-    prompts: tuple[str, ...],
-    seeds: list[int],
-    options: dict[str, Any],
-    weight: float,
-    device_target: str,
-) -> tuple[dict[str, Any], list[Any]]:
-    """Pictures of the base and of the base with the LoRA."""
-    os.environ.setdefault("GLOG_v", "3")
-    import mindspore as ms
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
-
-    from diffusion.pipeline import Pipeline, Settings
-
-    ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_device(device_target)
-    settings = Settings(**options)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("loading", total=2 * len(prompts))
-        pipeline = Pipeline.load(config, base)
-        rows = []
-        for number, description in enumerate(("base", "LoRA")):
-            progress.update(task, description=description)
-            if number == 1:
-                pipeline.merge_lora(adapters, weight)
-            done = number * len(prompts)
-            rows.append(
-                pipeline.text_to_image(
-                    prompts,
-                    seeds,
-                    settings,
-                    lambda count, done=done: progress.update(task, completed=done + count),
-                )
-            )
-    return asdict(settings), rows
-
-
-def _write(
-    out: Path, rows: list[tuple[str, Any]], captions: tuple[str, ...], record: dict[str, Any]
-) -> None:
-    """The sheet as PNG, whole or not at all, with the record in its text chunk."""
-    from PIL.PngImagePlugin import PngInfo
-
-    from sampler.sheet import contact_sheet
-    from weights.files import atomic_path
-
-    info = PngInfo()
-    info.add_text("lora-sample", json.dumps(record))
-    with atomic_path(out) as part:
-        contact_sheet(rows, captions).save(part, format="PNG", pnginfo=info, optimize=True)
+    modules = {module: sys.modules.get(module) for module in names}
+    return SampleError, *(getattr(found, names[m]) for m, found in modules.items() if found)
 
 
 if __name__ == "__main__":

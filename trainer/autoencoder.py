@@ -21,6 +21,7 @@ from mindspore import Tensor, nn, ops
 from PIL import Image
 
 from diffusion.config import load_model_config
+from diffusion.images import DataError, read_image
 from diffusion.models import in_batches
 from diffusion.randomness import generator
 from diffusion.vae import AutoencoderKL
@@ -28,7 +29,6 @@ from trainer.artifact import save_base
 from trainer.captions import listed
 from trainer.config import OptimizerConfig
 from trainer.data import Encode
-from trainer.images import DataError, read_image
 from trainer.optimizer import AdamW, flatten, learning_rate
 
 KL_WEIGHT = 1e-5

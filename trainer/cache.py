@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion.images import DataError
 from trainer.dataset import Example
-from trainer.images import DataError
 from weights.files import atomic_path
 
 _FORMAT = 1

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.images import EXTENSIONS
+from diffusion.images import EXTENSIONS
 from trainer.tables import TABLE, Row, csv_rows, json_rows, not_utf8
 
 _MASK = ".mask.png"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from diffusion.images import read_image, read_mask
 from diffusion.models import in_batches
 from diffusion.tokenizer import Tokenizer
 from trainer import cache as store
@@ -15,7 +16,6 @@ from trainer.batches import Draws
 from trainer.cache import Cache
 from trainer.dataset import Example
 from trainer.distributed import Group
-from trainer.images import read_image, read_mask
 
 ENCODE_BATCH = 8
 Report = Callable[[int, int], None]

@@ -12,9 +12,9 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
+from diffusion.images import DataError, open_image
 from trainer.captions import listed, mask_of
 from trainer.config import DataConfig, SetConfig
-from trainer.images import DataError, open_image
 from trainer.remarks import remarks
 from trainer.shapes import candidates, choose, nearest
 from weights import files

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from mindspore import Tensor
 
+from diffusion.images import DataError
 from trainer.events import Events
-from trainer.images import DataError
 from trainer.plan import Plan
 from trainer.step import outcome
 

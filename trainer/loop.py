@@ -15,13 +15,13 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
+from diffusion.images import DataError
 from trainer import artifact, checkpoint
 from trainer.checkpoint import State, Validation
 from trainer.config import RunConfig
 from trainer.dataset import Scan
 from trainer.distributed import Group
 from trainer.events import Events, write_json
-from trainer.images import DataError
 from trainer.journal import DivergedError, Journal
 from trainer.optimizer import learning_rate
 from trainer.plan import Plan

@@ -11,9 +11,9 @@ from mindspore import Parameter, nn
 
 from diffusion import models
 from diffusion.config import ModelConfig
+from diffusion.images import DataError
 from diffusion.lora import inject, lora_parameters
 from trainer.config import RunConfig
-from trainer.images import DataError
 from trainer.plan import Plan
 from weights import lora_files
 from weights.base import Base

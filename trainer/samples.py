@@ -14,6 +14,9 @@ from trainer.config import SamplesConfig
 from trainer.distributed import Group
 from weights.files import atomic_path
 
+BATCH = 4
+"""Pictures in one pass."""
+
 
 def draw_samples(
     pipeline: Pipeline, text: np.ndarray, config: SamplesConfig, group: Group, path: Path
@@ -26,10 +29,11 @@ def draw_samples(
     count = len(config.prompts)
     mine = list(group.share(count))
     seeds = [config.seed + number for number in mine]
-    settings = Settings(steps=config.steps, scale=config.scale)
+    settings = Settings(steps=config.steps, scale=config.scale, batch=BATCH)
     latents = np.zeros((count, *pipeline.latent_shape(settings)), np.float32)
     if mine:
-        latents[mine] = pipeline.latents(text[[*mine, count]], seeds, settings)
+        negative = text[[count] * len(mine)]
+        latents[mine] = pipeline.latents(text[mine], negative, seeds, settings)
     latents = group.sum(latents)
     if group.rank_id == 0:
         info = PngInfo()

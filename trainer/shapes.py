@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from trainer.images import DataError
+from diffusion.images import DataError
 
 Size = tuple[int, int]
 """Width and height in pixels."""

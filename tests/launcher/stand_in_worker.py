@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import trainer.worker as real
+from diffusion.images import DataError
 from trainer.events import Events
-from trainer.images import DataError
 
 NUMBER = int(Path(sys.argv[1]).name.removeprefix("attempt_"))
 WORDS = os.environ["STAND_IN"].split(",")

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.images import DataError, read_image, read_mask
 from trainer.config import DataConfig
 from trainer.dataset import Dataset, Example, dump_scan, load, read_scan, scan
-from trainer.images import DataError, read_image, read_mask
 
 SIDE = 64
 

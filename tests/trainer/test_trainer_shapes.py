@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.images import DataError
+from diffusion.images import DataError
 from trainer.shapes import candidates, choose, nearest
 
 SQUARE, UPRIGHT, WIDE = (512, 512), (384, 640), (640, 384)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.images import DataError, open_image, read_image, read_mask
+from diffusion.images import DataError, open_image, read_image, read_mask
 
 
 def saved(folder: Path, image: Image.Image, name: str = "a.png", **options: object) -> Path:

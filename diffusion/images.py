@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DataError(ValueError):
-    """Images or captions that cannot be trained on; the message is one sentence for each."""
+    """Images or captions that cannot be used; the message is one sentence for each."""
 
 
 def open_image(path: Path) -> Image.Image:
