@@ -122,7 +122,7 @@ class Pipeline:
                 if parameter.name in adapted:
                     kept[parameter.name] = parameter.asnumpy().copy()
             of_found = {f"{module}.weight": kept[f"{module}.weight"] for module in found}
-            merged = {**kept, **merge(of_found, found)}
+            merged = {**kept, **(merge(of_found, found) if found else {})}
             models.set_weights(network, merged.items(), "the LoRA")
 
     def attach_loras(self, loras: Sequence[Adapters]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from registry import facts
+from registry.evaluation import measured
 from registry.manifest import Manifest
 
 
@@ -30,9 +31,8 @@ def card(manifest: Manifest) -> str:
     if scores := facts.scores(manifest):
         parts.append("## Scores")
         parts.append(_table(("metric", "value", "interval", "base without it"), scores))
-    if manifest.evaluation:
-        said = ", ".join(f"{key} {value}" for key, value in manifest.evaluation.items())
-        parts.append(f"Measured with {_plain(said)}.")
+    for said in measured(manifest):
+        parts.append(f"{_plain(said)}.")
     parts.append("## Use")
     parts.append(f"    lora-sample --lora {name} --prompt {_quoted(triggers)}")
     parts.append(

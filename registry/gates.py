@@ -20,6 +20,7 @@ from registry import logs
 from registry.aliases import PROMOTE, aliases, set_alias
 from registry.api import Registry
 from registry.errors import RegistryError
+from registry.evaluation import difference
 from registry.logs import LogEntry
 from registry.manifest import Manifest
 
@@ -206,10 +207,10 @@ class _Evaluation:
             if incumbent is None:
                 return None
             manifest, key = incumbent, parts[1]
-            if manifest.evaluation != self.manifest.evaluation:
+            if different := difference(self.manifest, manifest, key):
                 raise RegistryError(
-                    f"{manifest.reference} and {self.manifest.reference} were measured differently "
-                    "(their evaluation differs), so a gate cannot compare them; measure one anew"
+                    f"{key} of {self.manifest.reference} and {manifest.reference} were measured "
+                    f"differently, so a gate cannot compare them: {different}; measure one anew"
                 )
         else:
             raise _unreadable(self.gate, f"expected metric, alias.metric or .lower, found `{name}`")

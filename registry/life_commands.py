@@ -187,32 +187,43 @@ def compare(first: str, second: str, location: str | None, as_json: bool) -> Non
     Example:
       lora-registry compare emoji-ink@3 emoji-ink@4
     """
+    from registry.evaluation import difference, flat
+
     registry = open_named(location)
     one, two = registry.resolve(first), registry.resolve(second)
     metrics = {
         key: [one.metrics.get(key), two.metrics.get(key)] for key in {**one.metrics, **two.metrics}
     }
-    flat = [_flat(manifest.metadata) for manifest in (one, two)]
+    apart = {
+        key: different
+        for key, values in metrics.items()
+        if None not in values and (different := difference(one, two, key))
+    }
+    facts = [flat(manifest.metadata) for manifest in (one, two)]
     differing = {
-        key: [flat[0].get(key), flat[1].get(key)]
-        for key in sorted({*flat[0], *flat[1]})
-        if flat[0].get(key) != flat[1].get(key)
+        key: [facts[0].get(key), facts[1].get(key)]
+        for key in sorted({*facts[0], *facts[1]})
+        if facts[0].get(key) != facts[1].get(key)
     }
     if as_json:
         print_json(
             {
                 "versions": [one.reference, two.reference],
                 "metrics": metrics,
-                "measured_alike": one.evaluation == two.evaluation,
+                "measured_differently": apart,
                 "differing": differing,
             }
         )
         return
     click.echo(f"{one.reference} and {two.reference}")
-    rows = [(key, _number(a), _number(b), _change(a, b)) for key, (a, b) in metrics.items()]
+    rows = [
+        (key, _number(a), _number(b), "" if key in apart else _change(a, b))
+        for key, (a, b) in metrics.items()
+    ]
     section("metrics", rows)
-    if one.evaluation != two.evaluation:
-        click.echo("\nwarning: their metrics were measured differently", err=True)
+    for reason in dict.fromkeys(apart.values()):
+        names = ", ".join(key for key, found in apart.items() if found == reason)
+        click.echo(f"\nwarning: {names} cannot be compared: {reason}", err=True)
     section("differing", [(key, plain(a, 40), plain(b, 40)) for key, (a, b) in differing.items()])
 
 
@@ -275,17 +286,6 @@ def _changed(name: str, word: str, entry: Any, as_json: bool) -> None:
     else:
         means = "nothing" if entry.version is None else f"{name}@{entry.version}"
         click.echo(f"{name}@{word} means {means}")
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dots between the keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found.update(_flat(value, f"{prefix}{key}."))
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _number(value: float | None) -> str:

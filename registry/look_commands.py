@@ -97,6 +97,7 @@ def show(reference: str, location: str | None, as_json: bool) -> None:
       lora-registry show emoji-ink@1 --registry ~/loras
     """
     from registry import facts, signing
+    from registry.evaluation import measured
 
     registry = open_named(location)
     model, manifest = registry.located(reference)
@@ -124,7 +125,7 @@ def show(reference: str, location: str | None, as_json: bool) -> None:
         (*score[:3], f"base {score[3]}" if score[3] else "") for score in facts.scores(manifest)
     ]
     section("metrics", rows)
-    section("measured with", [(k, plain(v)) for k, v in manifest.evaluation.items()])
+    section("measured with", [(plain(text, 1000),) for text in measured(manifest)])
     section("files", [(file.path, human_size(file.size), file.sha256) for file in manifest.files])
     section("metadata", [(k, plain(value)) for k, value in manifest.metadata.items()])
     triggers = facts.words(manifest, "trigger_words")

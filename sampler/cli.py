@@ -182,19 +182,21 @@ def main(**options: Any) -> int:
             err=True,
         )
         return 130
+    records = [record for one in drawn for record in one.records]
+    bad = [path for one in drawn for path in one.bad]
     if as_json:
-        pictures = {"pictures": drawn.records, "sheet": str(sheet) if sheet else None}
+        pictures = {"pictures": records, "sheet": str(sheet) if sheet else None}
         click.echo(json.dumps(pictures, indent=2, ensure_ascii=False))
     else:
-        for found in drawn.records:
+        for found in records:
             click.echo(found["file"])
         if sheet:
             click.echo(sheet)
-    if drawn.bad:
-        names = ", ".join(path.name for path in drawn.bad[:5])
-        more = f" and {len(drawn.bad) - 5} more" if len(drawn.bad) > 5 else ""
+    if bad:
+        names = ", ".join(path.name for path in bad[:5])
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         click.echo(
-            f"error: {len(drawn.bad)} pictures came out as NaN and are not saved ({names}{more}); "
+            f"error: {len(bad)} pictures came out as NaN and are not saved ({names}{more}); "
             "use --precision fp32, or a smaller weight of the LoRA",
             err=True,
         )
@@ -202,7 +204,7 @@ def main(**options: Any) -> int:
     return 0
 
 
-def _draw(options: dict[str, Any]) -> tuple[Any, Path | None]:
+def _draw(options: dict[str, Any]) -> tuple[list[Any], Path | None]:
     """Draw as the options say; what was drawn, and its sheet."""
     from sampler import sample
 
@@ -257,7 +259,7 @@ def _draw(options: dict[str, Any]) -> tuple[Any, Path | None]:
     )
     if sheet is not None:
         sample.write_sheet(drawn, sheet, where.overwrite, bool(axes))
-    return drawn, sheet
+    return [drawn], sheet
 
 
 def _weighted(text: str) -> tuple[str, float]:

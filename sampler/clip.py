@@ -133,7 +133,7 @@ class Clip:
     tokenizer: Tokenizer
 
 
-def open_clip(path: str | os.PathLike[str]) -> Clip:
+def load_clip(path: str | os.PathLike[str]) -> Clip:
     """The model in a file: safetensors or a state dict, not OpenAI's TorchScript archive.
 
     Raises WeightsError if the file is missing, damaged or holds no model of `MODELS`.
@@ -251,10 +251,15 @@ def from_openai(tensors: Mapping[str, np.ndarray]) -> Tensors:
             found[_TRANSPOSED[name]] = tensor.T
         elif pieces := from_openclip(name.removeprefix("visual.")):
             for ours, piece in pieces:
-                part = tensor if piece is None else np.split(tensor, piece[1])[piece[0]]
                 if name.startswith("visual."):
                     ours = ours.replace("text_model.", "vision_model.", 1)
-                found[ours] = part
+                found[ours] = tensor if piece is None else _part(tensor, *piece)
         else:
             found[name] = tensor
     return found
+
+
+def _part(tensor: np.ndarray, index: int, count: int) -> np.ndarray:
+    """One of `count` equal parts along the first axis."""
+    size = len(np.atleast_1d(tensor)) // count
+    return np.atleast_1d(tensor)[index * size : (index + 1) * size]

@@ -34,8 +34,18 @@ class Job:
         return sum(map(len, self.batches))
 
 
+def passes(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Which pictures are drawn in one pass, each with its row in it: that follows from the whole
+    plan, and not from what is there already."""
+    numbers = batches_of([picture for picture, _ in tasks], _tokens())
+    return [
+        [(replace(tasks[n][0], row=row), tasks[n][1]) for row, n in enumerate(batch)]
+        for batch in numbers
+    ]
+
+
 def make_job(
-    tasks: Sequence[Task],
+    batches: Sequence[Sequence[Task]],
     setup: Setup,
     loras: Mapping[str, str],
     *,
@@ -44,17 +54,12 @@ def make_job(
 ) -> Job:
     """What of the pictures is still to be drawn.
 
-    Which pictures share a pass follows from the whole plan, not from what is there already. Raises
-    SampleError if a file is there that is another picture, unless it may be overwritten.
+    Raises SampleError if a file is there that is another picture, unless it may be overwritten.
     """
-    pictures = [picture for picture, _ in tasks]
-    batches = []
-    for numbers in batches_of(pictures, _tokens()):
-        placed = [(replace(pictures[n], row=row), tasks[n][1]) for row, n in enumerate(numbers)]
-        left = tuple(task for task in placed if not _is_there(*task, setup, overwrite))
-        if left:
-            batches.append(left)
-    return Job(setup, loras, ignore_unknown, tuple(batches))
+    left = [
+        tuple(task for task in batch if not _is_there(*task, setup, overwrite)) for batch in batches
+    ]
+    return Job(setup, loras, ignore_unknown, tuple(batch for batch in left if batch))
 
 
 def _tokens() -> Callable[[Picture], int]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 from diffusion.layers import Linear
@@ -64,7 +65,10 @@ class Block(nn.Cell):
 
 
 class EfficientNetLite0(nn.Cell):
-    """(n, 3, 224, 224) float32, (x − 127) / 128 → pooled features (n, 1280), logits (n, 1000)."""
+    """(n, 3, 224, 224) float32, (x − 127) / 128 → pooled features (n, 1280).
+
+    `logits` makes of them what ImageNet's classes get.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,12 +85,11 @@ class EfficientNetLite0(nn.Cell):
         self.relu6 = ops.ReLU6()
         self.mean = ops.ReduceMean()
 
-    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def construct(self, x: Tensor) -> Tensor:
         x = self.relu6(self.stem(x))
         for block in self.blocks:
             x = block(x)
-        features = self.mean(self.relu6(self.head(x)), (2, 3))
-        return features, self.fc(features)
+        return self.mean(self.relu6(self.head(x)), (2, 3))
 
 
 def weights_path() -> Path:
@@ -113,6 +116,12 @@ def network(path: str | os.PathLike[str]) -> nn.Cell:
     fitting = fold_all(tensors, _units(), _EPS, f"{path}")
     fitting |= {name[1:]: tensor for name, tensor in tensors.items() if name.startswith("_fc.")}
     return load(EfficientNetLite0, fitting, f"{path}")
+
+
+def logits(network: nn.Cell, features: np.ndarray) -> np.ndarray:
+    """Features (n, 1280) → logits (n, 1000) of ImageNet's classes in their usual order."""
+    found: np.ndarray = features @ network.fc.weight.asnumpy().T + network.fc.bias.asnumpy()
+    return found
 
 
 def _units() -> Iterator[tuple[str, str, str]]:

@@ -156,9 +156,8 @@ def _cells(
     found: list[Panel] = []
     for picture, row, column in cells:
         if compare:
-            found.append(
-                _panel(replace(picture, loras=()), first + len(found), title, "base", column)
-            )
+            base = replace(picture, loras=())
+            found.append(_panel(base, first + len(found), title, "base", column, "-base"))
         found.append(_panel(picture, first + len(found), title, row, column))
     return found
 
@@ -182,9 +181,10 @@ def _names(loras: Sequence[Used]) -> str:
     )
 
 
-def _panel(picture: Picture, number: int, block: str, row: str, column: str) -> Panel:
+def _panel(
+    picture: Picture, number: int, block: str, row: str, column: str, kind: str = ""
+) -> Panel:
     words = re.sub(r"[^a-z0-9]+", "-", picture.prompt.lower())[:_LONGEST_NAME].strip("-")
-    kind = "" if picture.loras else "-base"
     file = f"{number + 1:04d}-{words or 'picture'}-{picture.seed}{kind}.png"
     return Panel(picture, file, block, row, column)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sampler.drawing import Task, draw, make_job
+from sampler.drawing import Task, draw, make_job, passes
 from sampler.errors import SampleError
 from sampler.loras import Lora, Model, find, open_model, read_adapters
 from sampler.picture import Picture, Setup, Used, from_record, read_record, record
@@ -97,9 +97,6 @@ def sample(request: Request, where: Where) -> Drawn:
     model = open_model(list(found.values()), where.base, where.model, where.other_base)
     setup = _setup(model, where, any(lora.zero_terminal_snr for lora in found.values()))
     used = {text: Used(lora.reference, lora.sha256, 1.0) for text, lora in found.items()}
-    spacing = request.spacing
-    if setup.zero_terminal_snr and not request.solver.endswith("karras"):
-        spacing = spacing or "trailing"  # else the noisiest timestep is never seen
     width, height = request.size or (model.config.resolution,) * 2
     plain = Picture(
         prompt="",
@@ -111,31 +108,58 @@ def sample(request: Request, where: Where) -> Drawn:
         scale=request.scale,
         width=width,
         height=height,
-        spacing=spacing,
+        spacing=request.spacing,
         eta=request.eta,
         rescale=request.rescale,
         batch=request.batch,
     )
-    panels = pictures(
-        plain, request.prompts, request.per_prompt, request.axes, request.compare, used
-    )
+    panels = [
+        _with_spacing(panel, setup)
+        for panel in pictures(
+            plain, request.prompts, request.per_prompt, request.axes, request.compare, used
+        )
+    ]
     factor = model.config.vae.factor * 2 ** (len(model.config.unet.block_out_channels) - 1)
     for panel in panels:
         check_size(panel.picture.width, panel.picture.height, factor)
+        _check_solver(panel.picture)
     for lora in found.values():  # before hours, not after
         read_adapters(lora, model.base, where.ignore_unknown)
     drawn = Drawn(panels, setup, where.out, {lora.reference: lora for lora in found.values()})
-    tasks = [(panel.picture, where.out / panel.file) for panel in panels]
+    tasks = passes([(panel.picture, where.out / panel.file) for panel in panels])
     drawn.bad = draw_tasks(tasks, setup, list(found.values()), where)
     return drawn
 
 
-def draw_again(paths: Sequence[Path], where: Where) -> Drawn:
-    """Draw pictures once more, from what they say of themselves, into `where.out`.
+def _with_spacing(panel: Panel, setup: Setup) -> Panel:
+    """After training with zero-terminal SNR the noisiest timestep has to be among those drawn."""
+    picture = panel.picture
+    if not setup.zero_terminal_snr or picture.spacing or picture.solver.endswith("karras"):
+        return panel
+    return replace(panel, picture=replace(picture, spacing="trailing"))
+
+
+def _check_solver(picture: Picture) -> None:
+    from diffusion.solvers import SOLVERS, noise_levels
+
+    if picture.eta and SOLVERS[picture.solver].eta is None:
+        raise SampleError(
+            f"{picture.solver} adds no noise; take --eta away, or use ddim or euler-a"
+        )
+    try:
+        noise_levels(picture.solver, picture.steps, spacing=picture.spacing)
+    except ValueError as error:
+        raise SampleError(f"{error}; choose another --spacing, --steps or --solver") from error
+
+
+def draw_again(paths: Sequence[Path], where: Where) -> list[Drawn]:
+    """Draw pictures once more, from what they say of themselves, into `where.out`; those with one
+    setup together.
 
     Raises as `sample` does, also if a LoRA or the base is not what it was.
     """
-    drawn: Drawn | None = None
+    groups: dict[str, tuple[Setup, list[Panel], dict[str, Lora]]] = {}
+    models: dict[tuple[str, str], Model] = {}
     for path in paths:
         values = read_record(path)
         if values is None:
@@ -144,24 +168,28 @@ def draw_again(paths: Sequence[Path], where: Where) -> Drawn:
                 "program, or saved anew without its text"
             )
         picture, setup = from_record(values, path)
-        loras = [_as_it_was(used, where.registry, path) for used in picture.loras]
-        model = open_model((), where.base or setup.base, setup.model)
+        weights = where.base or setup.base
+        model = models.get((weights, setup.model)) or open_model((), weights, setup.model)
+        models[weights, setup.model] = model
         if model.digest != setup.base_digest:
             raise SampleError(
                 f"{path} was drawn with a base with digest {setup.base_digest[:12]}…, "
                 f"{model.base.path} has {model.digest[:12]}…; name the right one with --base"
             )
         today = replace(setup, base=str(model.base.path), versions=_versions())
-        panel = Panel(picture, path.name, "", "", "")
-        again = Drawn([panel], today, where.out)
-        again.bad = draw_tasks([(picture, where.out / path.name)], today, loras, where)
-        drawn = again if drawn is None else _together(drawn, again)
-    assert drawn is not None
+        _, panels, loras = groups.setdefault(json.dumps(asdict(today)), (today, [], {}))
+        panels.append(Panel(picture, path.name, "", "", ""))
+        for used in picture.loras:
+            if used.reference not in loras:
+                loras[used.reference] = _as_it_was(used, where.registry, path)
+    drawn = []
+    for setup, panels, loras in groups.values():
+        found = Drawn(panels, setup, where.out)
+        # Each keeps its row, alone in its pass.
+        tasks = [[(panel.picture, where.out / panel.file)] for panel in panels]
+        found.bad = draw_tasks(tasks, setup, list(loras.values()), where)
+        drawn.append(found)
     return drawn
-
-
-def _together(first: Drawn, second: Drawn) -> Drawn:
-    return replace(first, panels=first.panels + second.panels, bad=first.bad + second.bad)
 
 
 def _as_it_was(used: Used, registry: str | None, path: Path) -> Lora:
@@ -175,9 +203,9 @@ def _as_it_was(used: Used, registry: str | None, path: Path) -> Lora:
 
 
 def draw_tasks(
-    tasks: Sequence[Task], setup: Setup, loras: Sequence[Lora], where: Where
+    tasks: Sequence[Sequence[Task]], setup: Setup, loras: Sequence[Lora], where: Where
 ) -> list[Path]:
-    """Draw what is not there, with progress; returns what came out as NaN.
+    """Draw what of these passes is not there, with progress; returns what came out as NaN.
 
     Raises SampleError, RegistryError, ModelConfigError, WeightsError or ClusterError.
     """

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": {"weights"},
     "cluster": set(),
     "trainer": {"diffusion", "weights"},
-    "sampler": {"diffusion", "weights", "registry"},
+    "sampler": {"diffusion", "weights", "registry", "cluster"},
     "launcher": {"cluster", "trainer", "registry", "diffusion", "weights"},
 }
 """Each room and the other rooms it may import."""

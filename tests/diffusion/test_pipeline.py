@@ -44,29 +44,49 @@ def text() -> np.ndarray:
     return np.tile(colours[:, None, None], (1, 77, 64))
 
 
+def drawn(pipeline: Pipeline, text: np.ndarray, settings: Settings, rows: slice = slice(5)):
+    """Latents of the prompts in these rows, each with its seed."""
+    positive = text[rows]
+    negative = np.repeat(text[-1:], len(positive), axis=0)
+    return pipeline.latents(positive, negative, SEEDS[rows], settings)
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_latents_of_every_seed_without_text_encoder_and_vae(text: np.ndarray, scale: float) -> None:
     unet = Velocity()
     pipeline = Pipeline(CONFIG, unet, None, None)
     assert pipeline.latent_shape() == (4, 16, 16)
-    settings = Settings(steps=5, scale=scale)
+    settings = Settings(steps=5, scale=scale, batch=4)
     done: list[int] = []
-    found = pipeline.latents(text, SEEDS, settings, done.append)
+    negative = text[[5] * 5]
+    found = pipeline.latents(text[:5], negative, SEEDS, settings, done.append)
     assert found.shape == (5, 4, 16, 16)
     assert done == [4, 5]
-    alone = pipeline.latents(text[[2, 5]], SEEDS[2:3], settings)
-    np.testing.assert_array_equal(alone[0], found[2])
-    small = Settings(steps=5, scale=scale, resolution=32)
-    assert pipeline.latents(text[[2, 5]], (1,), small).shape == (1, 4, 8, 8)
+    alone = drawn(pipeline, text, Settings(steps=5, scale=scale), slice(2, 3))
+    np.testing.assert_allclose(alone[0], found[2], rtol=1e-6, atol=1e-6)
+    wide = Settings(steps=5, scale=scale, size=(64, 32))
+    assert drawn(pipeline, text, wide, slice(1)).shape == (1, 4, 8, 16)
+
+
+def test_fresh_noise_is_of_the_picture_and_the_step(text: np.ndarray) -> None:
+    """Alone, in another order or in a batch, a picture gets the same noise in every step."""
+    pipeline = Pipeline(CONFIG, Velocity(), None, None)
+    settings = Settings(steps=4, scale=1.0, solver="euler-a")
+    found = drawn(pipeline, text, settings)
+    np.testing.assert_array_equal(drawn(pipeline, text, settings, slice(3, 4))[0], found[3])
+    without = drawn(pipeline, text, Settings(steps=4, scale=1.0, solver="euler-a", eta=0.0))
+    plain = drawn(pipeline, text, Settings(steps=4, scale=1.0, solver="euler"))
+    np.testing.assert_allclose(without, plain, rtol=1e-9)
+    assert np.abs(found - plain).max() > 1e-3
 
 
 def test_a_network_in_training_draws_without_dropout_and_stays_in_training(
     text: np.ndarray,
 ) -> None:
     unet = Velocity()
-    wanted = Pipeline(CONFIG, unet, None, None).latents(text, SEEDS, SETTINGS)
+    wanted = drawn(Pipeline(CONFIG, unet, None, None), text, SETTINGS)
     unet.set_train()
-    found = Pipeline(CONFIG, unet, None, None).latents(text, SEEDS, SETTINGS)
+    found = drawn(Pipeline(CONFIG, unet, None, None), text, SETTINGS)
     np.testing.assert_array_equal(found, wanted)
     assert unet.training
 
@@ -86,11 +106,11 @@ def test_zero_terminal_snr_starts_where_nothing_but_the_text_counts(text: np.nda
     alphas = zero_terminal(ALPHAS_CUMPROD)
     pipeline = Pipeline(CONFIG, Velocity(), None, Decoder(), alphas)
     one = Settings(steps=1, scale=2.0)
-    found = pipeline.latents(text, SEEDS, one)
+    found = drawn(pipeline, text, one)
     wanted = 2 * text[:5, 0, 0][:, None, None, None] * np.ones((1, 4, 16, 16))
     # At the σ of 4096 in place of infinity, x₀ has 1/4096 of the noise.
     np.testing.assert_allclose(found, wanted, atol=2e-3)
-    ordinary = Pipeline(CONFIG, Velocity(), None, None).latents(text, SEEDS, one)
+    ordinary = drawn(Pipeline(CONFIG, Velocity(), None, None), text, one)
     assert np.abs(ordinary - wanted).max() > 0.1
     pixels = pipeline.decode(found)
     assert pixels.shape == (5, 16, 16, 3)

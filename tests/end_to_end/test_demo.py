@@ -72,7 +72,7 @@ def test_the_demo_learns_ink(tmp_path: Path) -> None:
     prompts = [f"ink emoji of {name}" for name in HELD_OUT]
     drawn = Settings(steps=20, scale=3.0)
     _, base = colour(pipeline.text_to_image(prompts, range(8), drawn))
-    pipeline.merge_lora(read(Path(result["artifact"])).adapters)
+    pipeline.merge_loras([(read(Path(result["artifact"])).adapters, 1.0)])
     _, lora = colour(pipeline.text_to_image(prompts, range(8), drawn))
     assert base > 0.3
     assert lora < 0.1

@@ -261,18 +261,26 @@ def test_the_version_is_published_with_both_validation_losses(two: Run) -> None:
     assert manifest["files"][0]["sha256"] == files.sha256(two.attempt / "lora.safetensors")
 
 
-def test_the_sampler_draws_base_and_lora(two: Run, tmp_path: Path) -> None:
-    out = tmp_path / "sheet.png"
+def test_the_sampler_draws_base_and_lora_and_again(two: Run, tmp_path: Path) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
     arguments = ["--registry", str(two.registry), "--lora", "emoji-ink@1", "--steps", "2"]
     prompts = ["--prompt", "ink emoji of fox", "--prompt", "ink emoji of pizza"]
-    done = command("sampler.cli", *arguments, *prompts, "--seed", "3", "--out", str(out))
+    words = [*arguments, *prompts, "--compare", "--seed", "3", "--out", str(out), "--json"]
+    done = command("sampler.cli", *words)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(out)
-    with Image.open(out) as sheet:
-        record = json.loads(sheet.text["lora-sample"])
+    said = json.loads(done.stdout)
+    with Image.open(said["sheet"]) as sheet:
         assert np.asarray(sheet.convert("L")).std() > 10
-    assert record["lora"] == "emoji-ink@1"
-    assert record["lora_sha256"] == files.sha256(two.attempt / "lora.safetensors")
+    base, lora, _, _ = said["pictures"]
+    assert base["loras"] == []
+    assert lora["loras"][0]["reference"] == "emoji-ink@1"
+    assert lora["loras"][0]["sha256"] == files.sha256(two.attempt / "lora.safetensors")
+    drawn = Path(lora["file"])
+    assert drawn.read_bytes() != Path(base["file"]).read_bytes()
+    words = ["--again", str(drawn), "--registry", str(two.registry), "--out", str(again)]
+    done = command("sampler.cli", *words)
+    assert done.returncode == 0, done.stderr
+    assert (again / drawn.name).read_bytes() == drawn.read_bytes()
 
 
 def test_the_sampler_refuses_another_base(two: Run, tmp_path: Path) -> None:
@@ -284,15 +292,15 @@ def test_the_sampler_refuses_another_base(two: Run, tmp_path: Path) -> None:
     data[-1] ^= 1
     file.write_bytes(data)
     arguments = ["--registry", str(two.registry), "--lora", "emoji-ink@1", "--base", str(base)]
-    done = command("sampler.cli", *arguments, "--prompt", "x", "--out", str(tmp_path / "sheet.png"))
+    done = command("sampler.cli", *arguments, "--prompt", "x", "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: emoji-ink@1 was trained on a base with digest")
-    assert not (tmp_path / "sheet.png").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_sampler_names_the_versions_that_exist(two: Run, tmp_path: Path) -> None:
     arguments = ["--registry", str(two.registry), "--lora", "emoji-ink@7", "--prompt", "x"]
-    done = command("sampler.cli", *arguments, "--out", str(tmp_path / "sheet.png"))
+    done = command("sampler.cli", *arguments, "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert "emoji-ink has no version 7" in done.stderr
     assert "Traceback" not in done.stderr

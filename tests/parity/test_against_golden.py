@@ -324,18 +324,18 @@ def test_the_autoencoder(golden: Golden, drawing: pipeline.Pipeline, name: str) 
     moments = Encode(vae)(Tensor(images)).asnumpy()
     close(moments[:, :4], golden[f"vae_{name}_mean"])
     close(np.exp(moments[:, 4:] / 2), golden[f"vae_{name}_std"])
-    close(in_batches(vae, latents, pipeline.BATCH), golden[f"vae_{name}_decoded"])
+    close(in_batches(vae, latents, len(latents)), golden[f"vae_{name}_decoded"])
 
 
 def test_pictures_from_prompts(golden: Golden, drawing: pipeline.Pipeline) -> None:
     """Tokenizer, text encoder, guidance, solver and decoder together; one level of 255."""
-    settings = pipeline.Settings(steps=cases.STEPS, scale=cases.SCALE, negative=cases.NEGATIVE)
+    settings = pipeline.Settings(steps=cases.STEPS, scale=cases.SCALE)
     for prediction_type in cases.PREDICTION_TYPES:
         drawing.config = cases.EMOJI.model_copy(update={"prediction_type": prediction_type})
-        ours = drawing.text_to_image(cases.PROMPTS, cases.SEEDS, settings)
+        ours = drawing.text_to_image(cases.PROMPTS, cases.SEEDS, settings, cases.NEGATIVE)
         theirs = golden[f"pictures_{prediction_type}"]
         assert np.abs(cases.sketch(ours).astype(int) - theirs.astype(int)).max() <= 1
-    alone = drawing.text_to_image(cases.PROMPTS[1:], cases.SEEDS[1:], settings)
+    alone = drawing.text_to_image(cases.PROMPTS[1:], cases.SEEDS[1:], settings, cases.NEGATIVE)
     np.testing.assert_array_equal(alone[0], ours[1])
 
 
@@ -354,24 +354,31 @@ def test_the_networks_of_emoji(golden: Golden, drawing: pipeline.Pipeline) -> No
         (loras["transformer"], "lora_emoji_transformer", "text_emoji"),
         ({**loras["transformer"], **text}, "step_emoji", "lora_text_emoji"),
     ):
-        drawing.merge_lora(adapters)
+        drawing.merge_loras([(adapters, 1.0)])
         hidden, prediction = predict(drawing)
-        for name, network in networks.items():
-            models.set_weights(network, tensors[name].items(), "base")
         close(hidden, golden[encoder])
         close(prediction, golden[unet])
+    drawing.merge_loras([])
+    for name, network in networks.items():
+        for parameter, array in arrays(network).items():
+            np.testing.assert_array_equal(array, tensors[name][parameter])
+    drawing.attach_loras([{**loras["transformer"], **text}, loras["attention"]])
+    drawing.weigh_loras([1.0, 0.0])
+    hidden, prediction = predict(drawing)
+    close(hidden, golden["lora_text_emoji"])
+    close(prediction, golden["step_emoji"])
 
 
 def predict(drawing: pipeline.Pipeline) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states, and what the UNet makes of them: of guidance 0 only "negative" is left."""
+    """Hidden states, and what the UNet makes of them."""
     ids = cases.token_ids(cases.EMOJI.text_encoder.pad_token_id)
-    hidden = in_batches(drawing.text_encoder, ids, pipeline.BATCH)
+    hidden = in_batches(drawing.text_encoder, ids, len(ids))
     latents, noise = (cases.array(name, *cases.LATENTS["emoji"]) for name in ("latents", "noise"))
     noisy = schedule.add_noise(latents, noise, cases.STEP_TIMESTEPS)
     timesteps = cases.STEP_TIMESTEPS.astype(np.float32)
-    rows = [0, 1] * (pipeline.BATCH // 2)
-    batch = [Tensor(array[rows]) for array in (noisy, timesteps, hidden, hidden)]
-    return hidden, drawing.guided(*batch, Tensor(np.float32(0))).asnumpy()[:2]
+    with models.evaluating(drawing.unet):
+        prediction = drawing.unet(Tensor(noisy), Tensor(timesteps), Tensor(hidden))
+    return hidden, prediction.asnumpy()
 
 
 # ---- schedule, solver and optimizer

@@ -97,7 +97,7 @@ def our_pictures(lora: Path | None) -> np.ndarray:
 
     pipeline = Pipeline.load(MODEL, open_base(BASE))
     if lora is not None:
-        pipeline.merge_lora(lora_files.read(lora).adapters)
+        pipeline.merge_loras([(lora_files.read(lora).adapters, 1.0)])
     return pipeline.text_to_image(PROMPTS, SEEDS, Settings(steps=STEPS, scale=SCALE))
 
 

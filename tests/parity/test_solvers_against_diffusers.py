@@ -50,7 +50,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("unipc_multistep.UniPCMultistepScheduler", {}),
 }
 """With the defaults of diffusers, but DDIM as in the files of Stable Diffusion."""
-SINGLE, DOUBLE = 1e-4, 1e-10
+SINGLE, DOUBLE = 2e-5, 1e-12
 """Largest differences allowed, of the largest value, by the precision of diffusers."""
 
 
@@ -217,7 +217,7 @@ def test_zero_terminal_snr(case: str) -> None:
         found = difference(ours(case, "v_prediction", steps, spacing, table), expected)
         print(f"{case} {steps}: {found:.0e}")
         # DDIM begins at σ = ∞ there and at 4096 here, where x has x₀ / 4096.
-        assert found <= (1e-3 if name == "ddim" else 1e-9)
+        assert found <= (2e-3 if name == "ddim" else 1e-9)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])

@@ -11,25 +11,32 @@ from click.testing import CliRunner
 
 from sampler.cli import main
 
+BASE = Path(__file__).parents[2] / "assets" / "emoji-base"
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (
-            ["--lora", "x@1"],
-            "error: there is no file x@1, and no registry is named; give",
-        ),
+        (["--lora", "x@1"], "error: there is no file x@1, and no registry is named; give"),
         (["--lora", "x@1", "--registry", "nowhere"], "nowhere"),
         (["--lora", "X/../y", "--registry", "nowhere"], "X/../y"),
-        (["--registry", "nowhere"], "--lora"),
-        (["--lora", "x@1", "--registry", "nowhere", "--steps", "0"], "--steps"),
+        (["--lora", "x@1:strong"], "found 'strong' as the weight"),
+        (["--registry", "nowhere"], "name a LoRA with --lora, or a --base"),
+        (["--base", "nowhere", "--compare"], "--compare needs a --lora"),
+        (["--lora", "x@1", "--steps", "0"], "--steps"),
+        (["--lora", "x@1", "--size", "64x"], "--size 64x: expected pixels"),
+        (["--lora", "x@1", "--grid", "wieght=1"], "--grid wieght=1: expected SETTING="),
+        (["--lora", "x@1", "--grid", "steps=1", "--grid", "steps=2"], "use two settings"),
+        (["--lora", "x@1", "--grid", "weight=0,1", "--compare"], "use --grid weight=0,1"),
+        (["--lora", "x@1", "--again", "a.png"], "--again takes everything from the picture"),
+        (["--lora", "x@1", "--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, [*arguments, "--prompt", "a fox", "--out", "sheet.png"])
+    result = CliRunner().invoke(main, [*arguments, "--prompt", "a fox", "--out", "out"])
     assert result.exit_code == 2
     assert said in result.stderr
     assert result.stderr.startswith("error: ")
@@ -37,14 +44,50 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_file_is_kept(tmp_path: Path) -> None:
-    out = tmp_path / "sheet.png"
-    out.write_text("mine")
-    arguments = ["--lora", "x@1", "--registry", str(tmp_path), "--prompt", "a fox"]
-    result = CliRunner().invoke(main, [*arguments, "--out", str(out)])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--base", str(BASE), "--prompt", "a", "--size", "60"], "use 64 × 64"),
+        (["--base", str(BASE), "--prompt", "a", "--prompt", "b --h 8"], "use 64 × 16"),
+        (["--base", str(BASE)], "nothing says what to draw"),
+        (["--base", str(BASE), "--prompt", "a", "--devices", "9999"], "--devices"),
+        (["--base", str(BASE), "--prompt", "a", "--seed", str(2**63 - 1), "--prompt", "b"], "seed"),
+        (
+            [
+                "--base",
+                str(BASE),
+                "--prompt",
+                "a",
+                "--solver",
+                "euler-karras",
+                "--spacing",
+                "trailing",
+            ],
+            "spacing",
+        ),
+        (["--base", str(BASE), "--prompt", "a", "--solver", "euler", "--eta", "0.5"], "eta"),
+        (["--again", "nowhere.png"], "there is no picture nowhere.png"),
+    ],
+)
+def test_what_the_base_cannot_draw(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, [*arguments, "--out", "out"])
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_sheet_is_kept(tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    sheet.write_text("mine")
+    arguments = ["--base", str(BASE), "--prompt", "a fox", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, [*arguments, "--sheet", str(sheet)])
     assert result.exit_code == 2
     assert "--overwrite" in result.stderr
-    assert out.read_text() == "mine"
+    assert sheet.read_text() == "mine"
 
 
 def test_help_has_an_example_and_loads_no_mindspore() -> None:
