@@ -66,6 +66,12 @@ def read_image(
     return np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(127.5) - 1
 
 
+def read_whole(path: Path) -> np.ndarray:
+    """One image as it is: uint8 (height, width, 3), transparency laid on white. Raises DataError as
+    `open_image` does."""
+    return np.asarray(_on_white(open_image(path)))
+
+
 def read_mask(
     path: Path,
     mask: Path | None,

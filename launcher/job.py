@@ -127,6 +127,7 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
         )
     _check_output(config)
     _check_registry(config)
+    _check_evaluation(config)
 
     if request.resume is None:
         folder = _new_folder(Path(config.output), f"{config.name}-{now:%Y%m%d-%H%M%S}")
@@ -370,6 +371,19 @@ def _check_registry(config: RunConfig) -> None:
     if problem:
         raise LaunchError(f"registry: {problem}; name a folder that can be written")
     registry.check_push(config.name)
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Find out before hours of training that files are missing with which it is to be scored."""
+    wanted = config.evaluation
+    if wanted is None or config.train != "lora":
+        return
+    for key in ("prompts", "inception", "clip"):
+        path = getattr(wanted, key)
+        if path is not None and not Path(path).is_file():
+            raise LaunchError(f"evaluation.{key}: there is no file {path}; correct the path")
+    if wanted.real is not None and not Path(wanted.real).is_dir():
+        raise LaunchError(f"evaluation.real: there is no folder {wanted.real}; correct the path")
 
 
 def _write_problem(folder: Path) -> str | None:

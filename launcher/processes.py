@@ -86,7 +86,7 @@ class RunProcesses:
                 start_new_session=True,
                 # Nothing can be tidied up by a launcher that is killed: then the kernel kills
                 # msrun, and with it the workers, which ask for the same.
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     def msrun_exit(self) -> int | None:
@@ -267,7 +267,7 @@ def _status(process: psutil.Process) -> str | None:
         return None
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Between fork and exec: be killed by the kernel when the launcher is gone."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from launcher import evaluation
 from launcher.errors import Failure, LaunchError, RunFailed
 from launcher.job import Job, attempts
 from registry import queue
@@ -67,45 +70,75 @@ def read_result(attempt: Path) -> Result:
     return result
 
 
-def publish(job: Job, result: Result) -> str | None:
-    """Push the LoRA and return its `name@version`; None if the config names no registry.
+def publish(job: Job, result: Result, signals: Sequence[int] = ()) -> str | None:
+    """Score the LoRA, push it and return its `name@version`; None if the config names no registry.
 
-    What is pushed is written down before, so that `send` can do it again. Raises LaunchError.
+    What is to be done is written down before, so that `finish` can do it again. Raises LaunchError,
+    or Interrupted.
     """
-    if job.config.registry is None:
-        return None
+    evaluation.ask_for(job, result.artifact)
+    if job.config.registry is not None:
+        queue.write(job.attempt, _push(job, result, job.config.registry))
+    return finish(job.folder, job.attempt, signals)
+
+
+def _push(job: Job, result: Result, registry: str) -> queue.Push:
     losses = result.validation_loss
     metrics = (
         {"validation_loss": losses["lora"], "validation_loss_base": losses["base"]}
         if losses
         else {}
     )
-    push = queue.Push(
-        job.config.registry,
+    return queue.Push(
+        registry,
         job.config.name,
         result.artifact,
         metrics=metrics,
         metadata=lineage(job, result, _code()),
-        evaluation=_evaluation(job) if losses else {},
+        evaluation={"validation": _how_validated(job)} if losses else {},
         samples=_pictures(job, result),
     )
-    queue.write(job.attempt, push)
-    return send(job.folder, job.attempt)
 
 
-def unpublished(folder: Path) -> Path | None:
-    """The newest attempt of a run, if its LoRA was to be published and has not been."""
+def unfinished(folder: Path) -> Path | None:
+    """The newest attempt of a run, if what it trained is still to be scored or published."""
     found = attempts(folder)
-    if found and queue.is_written(found[-1]) and not (found[-1] / _PUBLISHED).exists():
-        return found[-1]
-    return None
+    if not found:
+        return None
+    attempt = found[-1]
+    to_publish = queue.is_written(attempt) and not (attempt / _PUBLISHED).exists()
+    return attempt if to_publish or evaluation.is_asked_for(attempt) else None
 
 
-def send(folder: Path, attempt: Path) -> str:
-    """Push what `publish` has written down, once, and return its `name@version`.
+def finish(
+    folder: Path, attempt: Path, signals: Sequence[int] = (), evaluate: bool = True
+) -> str | None:
+    """Do what `publish` has written down, each part once, and return the `name@version`; None if
+    nothing is to be published.
 
-    Raises LaunchError if the registry does not take it.
+    Raises LaunchError if the evaluation fails, or the registry does not take the LoRA.
     """
+    scores = evaluation.evaluate(folder, attempt, signals) if evaluate else None
+    if not queue.is_written(attempt):
+        return None
+    if scores is not None and not (attempt / _PUBLISHED).exists():
+        queue.write(attempt, _with_scores(queue.read(attempt), scores, attempt))
+    return _send(folder, attempt)
+
+
+def _with_scores(push: queue.Push, scores: dict[str, Any], attempt: Path) -> queue.Push:
+    """A push with what `lora-eval` has said."""
+    sheet = os.path.relpath(scores["sheet"], attempt)
+    return replace(
+        push,
+        metrics={**push.metrics, **scores["scores"]},
+        evaluation={**push.evaluation, **scores["evaluation"]},
+        samples=tuple(dict.fromkeys((sheet, *push.samples))),
+    )
+
+
+def _send(folder: Path, attempt: Path) -> str:
+    """Push what is written down, once. Raises LaunchError."""
     try:
         registry = open_registry(queue.read(attempt).location)
         reference = queue.send(registry, attempt).reference
@@ -149,10 +182,11 @@ def lineage(job: Job, result: Result, code: dict[str, Any] | None) -> dict[str, 
     return {key: value for key, value in facts.items() if value not in (None, [])}
 
 
-def _evaluation(job: Job) -> dict[str, Any]:
+def _how_validated(job: Job) -> dict[str, Any]:
     """How the validation loss was measured; it weighs timesteps as the training does."""
     config = job.config
     return {
+        "metrics": ["validation_loss"],
         "validation_digest": job.data.validation.digest(),
         "validation_images": job.plan.validation_examples,
         "base_digest": job.plan.base_digest,

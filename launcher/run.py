@@ -20,6 +20,7 @@ from cluster.msrun import Msrun
 from cluster.ranktable import server_of
 from launcher.channel import Message
 from launcher.errors import Failure, Interrupted, LaunchError, RunFailed, Stopped
+from launcher.evaluation import scores_of
 from launcher.events import record, trained_seconds
 from launcher.hardware import machine_of, own_server, product_of, whole_table
 from launcher.job import (
@@ -38,11 +39,11 @@ from launcher.lock import locked
 from launcher.others import Alone, Ended, Follower, Leader, Others, hello
 from launcher.processes import end_leftovers
 from launcher.progress import Lines, shown_progress
-from launcher.publish import Result, publish, read_result, send, unpublished
+from launcher.publish import Result, finish, publish, read_result, unfinished
 from launcher.request import Request
 from launcher.restarts import Failed, decide
 from launcher.supervise import received_signals, saved_text, supervise
-from launcher.words import dry_run_json, dry_run_text, plan_text, result_text
+from launcher.words import dry_run_json, dry_run_text, plan_text, published_text, result_text
 from trainer.config import RunConfig
 from trainer.config_file import dump_config, load_config
 from trainer.plan import read_plan
@@ -79,11 +80,9 @@ def launch(request: Request, *, as_json: bool = False, worker: str = WORKER) -> 
 
 def _lead(request: Request, worker: str, as_json: bool) -> None:
     """Run all attempts as the machine that decides, and publish."""
-    late = unpublished(request.resume) if request.resume else None
+    late = unfinished(request.resume) if request.resume else None
     if request.resume is not None and late is not None:
-        sent = send(request.resume, late)
-        _tell(f"the LoRA was trained before, and is published now: {sent}")
-        print(json.dumps({"reference": sent}, indent=2) if as_json else sent)
+        _finish_late(request, request.resume, late, as_json)
         return
     job = prepare(request, datetime.now(timezone.utc), worker)
     _tell(plan_text(job))
@@ -97,12 +96,26 @@ def _lead(request: Request, worker: str, as_json: bool) -> None:
         with received_signals() as signals:
             job = _trained(request, job, worker, signals, others)
         result = read_result(job.attempt)
-        reference = publish(job, result)
-    _tell(result_text(job, result, reference))
+        _tell(result_text(job, result))
+        reference = publish(job, result, signals)
+    _tell(published_text(job, scores_of(job.attempt), reference))
     if as_json:
         print(json.dumps(_result_json(job, result, reference), indent=2))
     else:
         print(reference or job.attempt / result.artifact)
+
+
+def _finish_late(request: Request, folder: Path, attempt: Path, as_json: bool) -> None:
+    """Score and publish what was trained before."""
+    wanted = load_config(config_path(request), request.overrides).evaluation is not None
+    with received_signals() as signals:
+        reference = finish(folder, attempt, signals, wanted)
+    if reference is None:
+        _tell("the LoRA was trained before, and is scored now")
+    else:
+        _tell(f"the LoRA was trained before, and is published now: {reference}")
+    found = reference or str(attempt)
+    print(json.dumps({"reference": reference}, indent=2) if as_json else found)
 
 
 def _trained(
@@ -348,6 +361,7 @@ def _result_json(job: Job, result: Result, reference: str | None) -> dict[str, A
         "run_folder": str(job.folder),
         "artifact": str(job.attempt / result.artifact),
         "validation_loss": result.validation_loss,
+        "scores": (scores_of(job.attempt) or {}).get("scores"),
     }
 
 

@@ -6,8 +6,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from launcher import evaluation
 from launcher.job import Job
 from launcher.publish import Result
+from trainer.config import RunConfig
 from trainer.plan import Plan
 
 
@@ -62,12 +64,25 @@ def plan_text(job: Job) -> str:
         ),
         "devices": _devices_text(job),
         **_nodes_row(job),
+        "evaluation": _evaluation_text(job.config),
         "run folder": str(job.folder),
         "published as": published if config.registry else "not published",
     }
     if plan.not_at_hand:
         rows["to start"] = f"needs {' and '.join(plan.not_at_hand)}"
     return "\n".join([f"plan of {plan.name}", *table(rows)])
+
+
+def _evaluation_text(config: RunConfig) -> str:
+    wanted, reason = config.evaluation, evaluation.problem(config)
+    if wanted is None or reason:
+        return f"none: {reason}"
+    prompts = f"the prompts in {wanted.prompts}" if wanted.prompts else "held-out captions"
+    times = f", {wanted.images_per_prompt} pictures each" if wanted.images_per_prompt > 1 else ""
+    return (
+        f"{prompts}{times}, with the LoRA and with the base, against the pictures in "
+        f"{wanted.real or config.data.validation}"
+    )
 
 
 def _devices_text(job: Job) -> str:
@@ -150,7 +165,7 @@ def dry_run_json(job: Job) -> dict[str, Any]:
     }
 
 
-def result_text(job: Job, result: Result, reference: str | None) -> str:
+def result_text(job: Job, result: Result) -> str:
     """What training has come to, a fact a line."""
     rows = {}
     if result.validation_loss:
@@ -171,9 +186,24 @@ def result_text(job: Job, result: Result, reference: str | None) -> str:
         rows["weights"] = f"equal on all {count} ranks at the end, sha256 {digest}…"
         rows["all-reduced"] = f"{result.synced_bytes:,} bytes each step"
     rows["file"] = str(job.folder / job.attempt.name / result.artifact)
-    if reference:
-        rows["published as"] = f"{reference} in {job.config.registry}"
     return "\n".join([f"result of {job.plan.name}", *table(rows)])
+
+
+def published_text(job: Job, scores: Mapping[str, Any] | None, reference: str | None) -> str:
+    """What the evaluation has found, and where the LoRA is."""
+    lines = []
+    if scores is not None:
+        rows = scores["table"]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [f"scores of {job.plan.name}, with 95 % intervals"]
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append(f"  {'  '.join(cells)}".rstrip())
+        lines += [f"  caution: {text}" for text in scores["cautions"]]
+        lines.append(f"  see {scores['sheet']}")
+    if reference:
+        lines.append(f"published as {reference} in {job.config.registry}")
+    return "\n".join(lines)
 
 
 def seconds_left(step: Mapping[str, Any], global_batch: int) -> float | None:

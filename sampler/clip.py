@@ -72,6 +72,12 @@ def _encoder(width: int, layers: int) -> TextEncoderConfig:
     )
 
 
+class Positions(nn.Cell):
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.weight = Parameter(initializer("zeros", (count, width)))
+
+
 class VisionEmbeddings(nn.Cell):
     def __init__(self, structure: Structure):
         super().__init__()
@@ -85,12 +91,6 @@ class VisionEmbeddings(nn.Cell):
         patches = self.patch_embedding(pixels).reshape(batch, width, -1).transpose(0, 2, 1)
         first = ops.tile(self.class_embedding.reshape(1, 1, width), (batch, 1, 1))
         return ops.concat((first, patches), 1) + self.position_embedding.weight
-
-
-class Positions(nn.Cell):
-    def __init__(self, count: int, width: int):
-        super().__init__()
-        self.weight = Parameter(initializer("zeros", (count, width)))
 
 
 class VisionModel(nn.Cell):

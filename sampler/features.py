@@ -222,7 +222,7 @@ def clip(path: str | os.PathLike[str]) -> Extractor:
         key=f"clip_{model.name.lower().replace('-', '_').replace('/', '_')}",
         name=f"CLIP {model.name}",
         digest=digest,
-        preprocessing=f"centre, PIL bicubic to {size}, CLIP mean and deviation",
+        preprocessing=f"central square, PIL bicubic to {size}, CLIP mean and deviation",
         size=size,
         dimensions=model.structure.dimensions,
         path=path,

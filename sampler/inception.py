@@ -209,11 +209,9 @@ def network(path: str | os.PathLike[str]) -> nn.Cell:
             f"{path}: expected the Inception of FID with {CLASSES} classes, found one with "
             f"{classes.size}, whose features are others; use {' or '.join(PUBLISHED)}"
         )
-    units = [
-        (name.removesuffix(".conv.weight"), name.removesuffix(".weight"), f"{name[:-12]}.bn")
-        for name in tensors
-        if name.endswith(".conv.weight")
-    ]
+    end = ".conv.weight"
+    modules = [name.removesuffix(end) for name in tensors if name.endswith(end)]
+    units = [(module, f"{module}.conv", f"{module}.bn") for module in modules]
     return load(Inception, fold_all(tensors, units, _EPS, f"{path}"), f"{path}")
 
 

@@ -43,10 +43,10 @@ def find(text: str, location: str | None) -> Lora:
 def _in_file(path: Path) -> Lora:
     from weights import files
 
-    base = {}
-    if path.suffix == ".safetensors" and (digest := files.metadata(path).get(_HEADER_BASE)):
-        base["digest"] = digest
-    return Lora(str(path), path, files.sha256(path), base)
+    header = files.metadata(path) if path.suffix == ".safetensors" else {}
+    base = {"digest": header[_HEADER_BASE]} if header.get(_HEADER_BASE) else {}
+    zero_terminal = header.get("lora.zero_terminal_snr") == "true"
+    return Lora(str(path), path, files.sha256(path), base, zero_terminal)
 
 
 def _in_registry(text: str, location: str | None) -> Lora:

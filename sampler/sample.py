@@ -90,6 +90,17 @@ def sample(request: Request, where: Where) -> Drawn:
 
     Raises SampleError, RegistryError, ModelConfigError, WeightsError or ClusterError.
     """
+    drawn = plan(request, where)
+    tasks = passes([(panel.picture, where.out / panel.file) for panel in drawn.panels])
+    drawn.bad = draw_tasks(tasks, drawn.setup, list(drawn.loras.values()), where)
+    return drawn
+
+
+def plan(request: Request, where: Where) -> Drawn:
+    """Find LoRAs and base, and say which pictures there are to be; nothing is drawn yet.
+
+    Raises as `sample` does, for everything that can be seen before.
+    """
     named = [*(text for text, _ in request.loras)]
     for axis in request.axes:
         named += axis.values if axis.key == "lora" else ()
@@ -125,10 +136,7 @@ def sample(request: Request, where: Where) -> Drawn:
         _check_solver(panel.picture)
     for lora in found.values():  # before hours, not after
         read_adapters(lora, model.base, where.ignore_unknown)
-    drawn = Drawn(panels, setup, where.out, {lora.reference: lora for lora in found.values()})
-    tasks = passes([(panel.picture, where.out / panel.file) for panel in panels])
-    drawn.bad = draw_tasks(tasks, setup, list(found.values()), where)
-    return drawn
+    return Drawn(panels, setup, where.out, {lora.reference: lora for lora in found.values()})
 
 
 def _with_spacing(panel: Panel, setup: Setup) -> Panel:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from cluster.ports import choose_port
 from sampler.drawing import Job, Tell, as_json
 from sampler.errors import SampleError
 
+_PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 7200.0
 """That a process which is ready waits for the others."""
@@ -96,6 +99,7 @@ def _started(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
     try:
         yield process
@@ -108,6 +112,11 @@ def _started(
                     member.kill()
             psutil.wait_procs(family[1:], timeout=5)
         process.wait()
+
+
+def end_with_parent() -> None:
+    """Be killed by the kernel when the process that started this one is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _reason(folder: Path, code: int) -> str:

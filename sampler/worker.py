@@ -7,9 +7,12 @@ import sys
 import traceback
 from pathlib import Path
 
+from sampler.spread import end_with_parent
+
 
 def main() -> None:
     """Draw this process's share of FOLDER/job.json and say so in FOLDER/rank_K.jsonl."""
+    end_with_parent()
     folder = Path(sys.argv[1])
     import mindspore as ms
     from mindspore import Tensor, ops

@@ -17,6 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sampler import efficientnet
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -156,6 +158,7 @@ def test_dependencies_are_what_the_code_imports() -> None:
     foreign -= {"mypy_boto3_s3"}  # types only, with the extra `test`
     needed = {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in foreign}
     extra = {Requirement(text).name for text in project()["optional-dependencies"]["recipe"]}
+    needed |= {efficientnet.PACKAGE}  # of which the weights are read, and no code is run
     assert {Requirement(text).name for text in project()["dependencies"]} == needed - extra
 
 

@@ -33,6 +33,7 @@ def lora_metadata(
     said = {
         "modelspec.trigger_phrase": ", ".join(config.trigger_words),
         "modelspec.license": config.licence or "",
+        "lora.zero_terminal_snr": "true" if config.zero_terminal_snr else "",
     }
     return lora_files.header(
         adapters,

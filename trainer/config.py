@@ -233,6 +233,43 @@ class SamplesConfig(_Strict):
     """Classifier-free guidance."""
 
 
+class EvaluationConfig(_Strict):
+    """How the LoRA is scored when training is done: pictures of held-out prompts, drawn with it and
+    with the base from the same seeds, are compared with real ones. Needs `data.validation`, or
+    `prompts` and `real`."""
+
+    prompts: str | None = None
+    """A file with a prompt on each line; default: the captions of `data.validation`."""
+
+    most_prompts: int = Field(64, ge=2)
+    """Of the captions, the first so many; a file of prompts is used whole."""
+
+    real: str | None = None
+    """A folder of real pictures; default: `data.validation`."""
+
+    images_per_prompt: int = Field(1, ge=1)
+    """More pictures make intervals narrower, and take longer."""
+
+    seed: int = Field(0, ge=0)
+    """Of the first picture; each further one takes the next."""
+
+    steps: int = Field(20, ge=1)
+    """Of the solver, DPM-Solver++(2M)."""
+
+    scale: float = Field(4.0, ge=0)
+    """Classifier-free guidance; 1 takes half the time."""
+
+    batch: int = Field(4, ge=1)
+    """Pictures in one pass."""
+
+    inception: str | None = None
+    """Weights of the Inception of FID, pt_inception-2015-12-05-6726825d.pth, for FID and KID as
+    they are published."""
+
+    clip: str | None = None
+    """Weights of a CLIP, model.safetensors, for CMMD and the CLIP score."""
+
+
 class ClusterConfig(_Strict):
     """How the processes of a run are watched and bound; it changes nothing of the result."""
 
@@ -337,6 +374,9 @@ class RunConfig(_Strict):
 
     samples: SamplesConfig | None = None
     """Pictures to draw during training."""
+
+    evaluation: EvaluationConfig | None = EvaluationConfig()
+    """How the LoRA is scored when training is done; null does not."""
 
     registry: str | None = None
     """Where the LoRA is published when training is done: a folder, or s3://BUCKET/PREFIX; null does

@@ -1,0 +1,155 @@
+"""Scores of what was trained: `lora-eval` as the last stage of a run.
+
+What it is to do is written into the attempt's folder first, so that `--resume` can do it later.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import Interrupted, LaunchError
+from launcher.job import Job
+from launcher.processes import end_with_parent
+from trainer.config import RunConfig
+from trainer.events import write_json
+
+_ARGUMENTS, _SCORES, _PROMPTS = "evaluate.json", "evaluated.json", "prompts.txt"
+FOLDER = "evaluation"
+"""In the attempt's folder: pictures, sheets and features."""
+_END_SECONDS = 20.0
+
+
+def problem(config: RunConfig) -> str | None:
+    """Why a run is not evaluated; None if it is."""
+    wanted = config.evaluation
+    if config.train != "lora":
+        return "not with `train: all`"
+    if wanted is None:
+        return "`evaluation` is null"
+    if config.data.validation is None and not (wanted.prompts and wanted.real):
+        return "there is no `data.validation`, nor `evaluation.prompts` and `real`"
+    return None
+
+
+def prompts_of(captions: Sequence[str], most: int) -> list[str]:
+    """The first captions that are not empty, each once, as prompts: brackets are no emphasis."""
+    texts = [" ".join(caption.split()) for caption in captions]
+    different = list(dict.fromkeys(text for text in texts if text))[:most]
+    return [_escaped(text) for text in different]
+
+
+def _escaped(text: str) -> str:
+    for bracket in "\\()[]":
+        text = text.replace(bracket, f"\\{bracket}")
+    return text
+
+
+def arguments(job: Job, artifact: str) -> list[str]:
+    """The command line of `lora-eval` for what a run has trained."""
+    config, plan, attempt = job.config, job.plan, job.attempt
+    wanted = config.evaluation
+    assert wanted is not None
+    prompts = wanted.prompts or str(attempt / _PROMPTS)
+    options: dict[str, object] = {
+        "lora": attempt / artifact,
+        "base": config.base.weights,
+        "model": plan.model,
+        "real": wanted.real or config.data.validation,
+        "prompts": prompts,
+        "images-per-prompt": wanted.images_per_prompt,
+        "seed": wanted.seed,
+        "steps": wanted.steps,
+        "scale": wanted.scale,
+        "batch": wanted.batch,
+        "size": config.data.resolution,
+        "inception": wanted.inception,
+        "clip": wanted.clip,
+        "out": attempt / FOLDER,
+        "precision": plan.precision,
+        "device-target": plan.device_target,
+        "devices": ",".join(map(str, job.start.device_ids)),
+    }
+    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    trained_on = [f"--train={one.folder}" for one in config.data.train if not one.regularisation]
+    return [*given, *trained_on, "--json"]
+
+
+def ask_for(job: Job, artifact: str) -> None:
+    """Write down what `evaluate` is to do for a job, if it is to do anything."""
+    config = job.config
+    if problem(config) is not None:
+        return
+    assert config.evaluation is not None
+    if config.evaluation.prompts is None:
+        captions = [example.caption for example in job.data.validation.examples]
+        found = prompts_of(captions, config.evaluation.most_prompts)
+        if not found:
+            return
+        (job.attempt / _PROMPTS).write_text("\n".join(found) + "\n", encoding="utf-8")
+    write_json(job.attempt / _ARGUMENTS, {"arguments": arguments(job, artifact)})
+
+
+def is_asked_for(attempt: Path) -> bool:
+    """Is an evaluation still to be made?"""
+    return (attempt / _ARGUMENTS).is_file() and not (attempt / _SCORES).is_file()
+
+
+def evaluate(folder: Path, attempt: Path, signals: Sequence[int] = ()) -> dict[str, Any] | None:
+    """What `lora-eval --json` says of a run; None if nothing was asked for. It is done once.
+
+    Its progress goes to stderr. `signals` grows with each that this process receives. Raises
+    LaunchError if it fails, Interrupted after a signal.
+    """
+    if is_asked_for(attempt):
+        given = json.loads((attempt / _ARGUMENTS).read_text(encoding="utf-8"))["arguments"]
+        part = attempt / f"{_SCORES}.part"
+        with part.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sampler.eval_cli", *given],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                preexec_fn=end_with_parent,
+            )
+            code = _awaited(process, signals)
+        later = f"the LoRA is trained and lies in {attempt}: lora-launch --resume {folder}"
+        if signals:
+            raise Interrupted(signals[0], f"{later} goes on")
+        if code:
+            raise LaunchError(
+                f"the evaluation ended with exit code {code}; {later} tries again, and with --set "
+                "evaluation=null leaves it out"
+            )
+        json.loads(part.read_text(encoding="utf-8"))
+        part.replace(attempt / _SCORES)
+    return scores_of(attempt)
+
+
+def _awaited(process: subprocess.Popen[bytes], signals: Sequence[int]) -> int:
+    """Its exit code; after a signal it is asked to end, and then made to."""
+    while True:
+        try:
+            return process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            if not signals:
+                continue
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+def scores_of(attempt: Path) -> dict[str, Any] | None:
+    """What `evaluate` has found; None if it has not."""
+    path = attempt / _SCORES
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
