@@ -99,9 +99,10 @@ def cmmd(
 ) -> Score:
     """CLIP maximum mean discrepancy: Jayasumana et al. (2024), arXiv 2401.09603.
 
-    MMD² of L2-normalised CLIP embeddings, kernel exp(−‖x − y‖² / 2σ²), times `scale`. Unlike the
-    authors' code, which keeps the pairs of a picture with itself and so adds about 8 / n, this is
-    the unbiased statistic. Arguments and errors as in `kid`; an embedding of length 0 is one too.
+    MMD² of L2-normalised CLIP embeddings, kernel exp(−‖x − y‖² / 2σ²), times `scale`. This is
+    the unbiased statistic. The authors' code also counts the pairs of a picture with itself, which
+    adds about 20 (1 − mean cosine) / n, 0.27 for 30 pictures of mean cosine 0.6. Arguments and
+    errors as in `kid`; an embedding of length 0 is one too.
     """
     sides = _normalised(_sides(real=real, generated=generated))
     return _pair_score(sides, [real_groups, groups], _MMD, _gaussian(sigma), scale)
@@ -295,6 +296,10 @@ _MMD: Terms = {(0, 0): 1, (1, 1): 1, (0, 1): -2}
 _MMD_DIFFERENCE: Terms = {(2, 2): 1, (0, 2): -2, (1, 1): -1, (0, 1): 2}
 
 
+_NORMAL = NormalDist()
+_Z = _NORMAL.inv_cdf((1 + CONFIDENCE) / 2)
+
+
 def _cubic(product: Array) -> Array:
     return (product + 1) ** 3
 
@@ -414,34 +419,53 @@ def _resampled(
     interactions: Array | None = None,
     smallest: int | None = None,
 ) -> Score:
-    """The percentile interval of value + Σ (w − 1) effect + Σ Σ (w − 1)(w' − 1) interaction.
+    """The BCa interval (Efron, 1987) of value + Σ (w − 1) effect + Σ Σ (w − 1)(w' − 1) interaction.
 
-    w says how often a unit is drawn, with replacement, from its kind. The percentiles are moved
-    apart as Student's are beyond the normal ones, for the `smallest` number of units on a side
-    (Hesterberg, 2015, arXiv 1411.5279).
+    w says how often a unit is drawn, with replacement, from its kind. The ends are moved out as
+    Student's quantile is beyond the normal one, for the `smallest` number of units on a side.
     """
-    random = generator(0, "resampling")
-    weights = np.empty((RESAMPLES, len(effects)))
-    for own in kinds:
-        chance = np.full(len(own), 1 / len(own))
-        weights[:, own] = random.multinomial(len(own), chance, RESAMPLES) - 1
-    shift = weights @ effects
+    weights = _weights([len(own) for own in kinds])[:, np.argsort(np.concatenate(kinds))]
+    shift, variance = weights @ effects, float(effects @ effects)
     if interactions is not None:
         shift += np.einsum("rg,rg->r", weights @ interactions, weights)
+        variance += 2 * float(np.vdot(interactions, interactions))
+    if variance == 0:
+        return Score(value, value, value)
+    skewness = float(np.sum(effects**3)) / variance**1.5
+    below = (np.mean(shift < 0) + np.mean(shift <= 0)) / 2
+    bias = _NORMAL.inv_cdf(min(max(float(below), 1 / RESAMPLES), 1 - 1 / RESAMPLES))
     n = smallest or len(effects)
     wider = _student(n - 1) * (n / (n - 1)) ** 0.5
-    lower, upper = np.quantile(shift, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Score(value, value + wider * float(lower), value + wider * float(upper))
+    lower, upper = (
+        value + wider * float(np.quantile(shift, _accelerated(z, bias, skewness / 6)))
+        for z in (-_Z, _Z)
+    )
+    return Score(value, min(lower, value), max(upper, value))
+
+
+def _weights(sizes: Sequence[int]) -> Array:
+    """How often each unit of kinds of these sizes is drawn, less 1: (resamples, Σ sizes)."""
+    random, found = generator(0, "resampling"), []
+    for size in sizes:
+        drawn = random.integers(size, size=(RESAMPLES, size)) + size * np.arange(RESAMPLES)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=RESAMPLES * size)
+        found.append(counts.reshape(RESAMPLES, size) - 1.0)
+    return np.concatenate(found, axis=1)
+
+
+def _accelerated(z: float, bias: float, acceleration: float) -> float:
+    """Which percentile of the resamples stands for the normal quantile z."""
+    moved = bias + z
+    return _NORMAL.cdf(bias + moved / max(1 - acceleration * moved, 0.1))
 
 
 def _student(freedom: int) -> float:
     """Student's quantile over the normal one: Abramowitz and Stegun, 26.7.5, to 1 % from 3 on."""
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     return (
         1
-        + (z**2 + 1) / (4 * freedom)
-        + (5 * z**4 + 16 * z**2 + 3) / (96 * freedom**2)
-        + (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / (384 * freedom**3)
+        + (_Z**2 + 1) / (4 * freedom)
+        + (5 * _Z**4 + 16 * _Z**2 + 3) / (96 * freedom**2)
+        + (3 * _Z**6 + 19 * _Z**4 + 17 * _Z**2 - 15) / (384 * freedom**3)
     )
 
 

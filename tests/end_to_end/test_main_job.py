@@ -70,6 +70,7 @@ def short_run(folder: Path, devices: int, *overrides: str) -> list[str]:
         "epochs=null",
         "validate_every=null",
         "samples=null",
+        "evaluation=null",
         f"images={STEPS * 16}",
         *overrides,
     )
@@ -87,8 +88,12 @@ def launch(folder: Path, devices: int, *overrides: str) -> Run:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two workers, eight images each."""
-    return launch(tmp_path_factory.mktemp("two"), 2)
+    """Two workers, eight images each, and scores."""
+    folder = tmp_path_factory.mktemp("two")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("ink emoji of fox\nink emoji of bus\nink emoji of pizza\n")
+    settings = f"{{prompts: {prompts}, steps: 2, batch: 2}}"
+    return launch(folder, 2, f"evaluation={settings}")
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +286,28 @@ def test_the_sampler_draws_base_and_lora_and_again(two: Run, tmp_path: Path) -> 
     done = command("sampler.cli", *words)
     assert done.returncode == 0, done.stderr
     assert (again / drawn.name).read_bytes() == drawn.read_bytes()
+
+
+def test_what_is_published_is_scored_beside_the_base(two: Run) -> None:
+    """With as few pictures and steps nothing good, but everything that is to be said of it."""
+    shown = command(
+        "registry.cli", "show", "emoji-ink@1", "--registry", str(two.registry), "--json"
+    )
+    manifest = json.loads(shown.stdout)
+    metrics, key = manifest["metrics"], "kid_efficientnet_lite0"
+    assert {key, f"{key}_base", f"{key}_difference"} <= metrics.keys()
+    assert metrics[f"{key}_difference"] == pytest.approx(metrics[key] - metrics[f"{key}_base"])
+    lower, upper = manifest["intervals"][key]
+    assert lower < metrics[key] < upper
+    how = manifest["evaluation"]["pictures"]
+    assert key in how["metrics"]
+    assert (how["pictures"], how["steps"], how["real"]["pictures"]) == (3, 2, 40)
+    assert how["training"]["pictures"] == 200
+    assert how["base_digest"] == two.result["base_digest"]
+    assert metrics["validation_loss"] == two.result["validation_loss"]["lora"]
+    assert any(file["path"].endswith("preview.png") for file in manifest["files"])
+    drawn = sorted((two.attempt / "evaluation").glob("*/0*.png"))
+    assert len(drawn) == 6
 
 
 def test_the_sampler_refuses_another_base(two: Run, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "global_batch": 4,
         "output": str(tmp_path / "runs"),
         "registry": str(tmp_path / "registry"),
+        "evaluation": None,
     }
 
 

@@ -12,12 +12,13 @@ from safetensors.numpy import save_file
 
 from launcher.errors import LaunchError, RunFailed
 from launcher.job import Job, prepare, write
-from launcher.publish import Result, publish, read_result, send, unpublished
+from launcher.publish import Result, finish, publish, read_result, unfinished
 from launcher.request import Request
 from launcher.run import launch
-from launcher.words import result_text
+from launcher.words import published_text, result_text
 from registry import facts
 from registry.api import open_registry
+from registry.evaluation import spec
 
 RESULT = Result(
     artifact="lora.safetensors",
@@ -73,8 +74,10 @@ def test_versions_count_up_and_carry_their_lineage(job: Job) -> None:
     assert manifest.metadata["versions"] == {"numpy": "1.26.4", "ascend-lora": "0.1.0"}
     assert manifest.metadata["devices"] == {"count": 1, "target": "CPU", "product": None}
     assert manifest.metadata["images"] == 40
-    assert manifest.evaluation["validation_images"] == 2
-    assert manifest.evaluation["validation_digest"] == job.data.validation.digest()
+    how = spec(manifest, "validation_loss")
+    assert how["validation.validation_images"] == 2
+    assert how["validation.validation_digest"] == job.data.validation.digest()
+    assert spec(manifest, "kid") == {}
 
 
 def test_what_is_known_of_it_is_published_too(job: Job, tmp_path: Path) -> None:
@@ -112,14 +115,14 @@ def test_a_push_that_failed_is_made_by_resume(job: Job, capsys: pytest.CaptureFi
     launch(Request(None, device_target="CPU", resume=job.folder))
     assert capsys.readouterr().out == "tiny@1\n"
     assert open_registry(str(folder)).versions("tiny") == [1]
-    assert unpublished(job.folder) is None
+    assert unfinished(job.folder) is None
 
 
 def test_a_push_that_was_cut_off_is_not_made_twice(job: Job) -> None:
     assert publish(job, RESULT) == "tiny@1"
     (job.attempt / "published.json").unlink()  # as if ended just before
-    assert unpublished(job.folder) == job.attempt
-    assert send(job.folder, job.attempt) == "tiny@1"
+    assert unfinished(job.folder) == job.attempt
+    assert finish(job.folder, job.attempt) == "tiny@1"
     assert open_registry(str(job.config.registry)).versions("tiny") == [1]
 
 
@@ -127,18 +130,18 @@ def test_without_validation_there_are_no_scores(job: Job) -> None:
     result = dataclasses.replace(RESULT, validation_loss=None)
     publish(job, result)
     assert open_registry(str(job.config.registry)).resolve("tiny").metrics == {}
-    assert "validation loss" not in result_text(job, result, "tiny@1")
+    assert "validation loss" not in result_text(job, result)
 
 
 def test_without_a_registry_nothing_is_published(job: Job) -> None:
     config = job.config.model_copy(update={"registry": None})
     unpublished = dataclasses.replace(job, config=config)
     assert publish(unpublished, RESULT) is None
-    assert "published" not in result_text(unpublished, RESULT, None)
+    assert "published" not in published_text(unpublished, None, None)
 
 
 def test_summary(job: Job) -> None:
-    text = result_text(job, RESULT, "tiny@1")
+    text = result_text(job, RESULT)
     for words in (
         "0.5000 → 0.4000 (-20.0%)",
         "1:10, of that training 0:02, 20 images/s",
@@ -149,4 +152,4 @@ def test_summary(job: Job) -> None:
     ):
         assert words in text
     single = dataclasses.replace(RESULT, rank_digests=RESULT.rank_digests[:1])
-    assert "ranks" not in result_text(job, single, None)
+    assert "ranks" not in result_text(job, single)

