@@ -100,6 +100,11 @@ def is_asked_for(attempt: Path) -> bool:
     return (attempt / _ARGUMENTS).is_file() and not (attempt / _SCORES).is_file()
 
 
+def forget(attempt: Path) -> None:
+    """Let there be nothing asked for."""
+    (attempt / _ARGUMENTS).unlink(missing_ok=True)
+
+
 def evaluate(folder: Path, attempt: Path, signals: Sequence[int] = ()) -> dict[str, Any] | None:
     """What `lora-eval --json` says of a run; None if nothing was asked for. It is done once.
 

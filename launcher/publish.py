@@ -118,7 +118,9 @@ def finish(
 
     Raises LaunchError if the evaluation fails, or the registry does not take the LoRA.
     """
-    scores = evaluation.evaluate(folder, attempt, signals) if evaluate else None
+    if not evaluate:
+        evaluation.forget(attempt)
+    scores = evaluation.evaluate(folder, attempt, signals)
     if not queue.is_written(attempt):
         return None
     if scores is not None and not (attempt / _PUBLISHED).exists():

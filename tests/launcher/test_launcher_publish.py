@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from launcher import evaluation
 from launcher.errors import LaunchError, RunFailed
 from launcher.job import Job, prepare, write
 from launcher.publish import Result, finish, publish, read_result, unfinished
@@ -19,6 +20,7 @@ from launcher.words import published_text, result_text
 from registry import facts
 from registry.api import open_registry
 from registry.evaluation import spec
+from trainer.config import EvaluationConfig, RunConfig
 
 RESULT = Result(
     artifact="lora.safetensors",
@@ -37,6 +39,16 @@ RESULT = Result(
     peak_memory_bytes=1_000_000_000,
     versions={"numpy": "1.26.4"},
 )
+
+
+SCORES = {
+    "table": [["", "LoRA", "base"], ["KID", "0.1 (0 to 0.2)", "0.3"]],
+    "cautions": ["few pictures"],
+    "sheet": "somewhere/sheet.png",
+    "scores": {"kid": {"value": 0.1, "lower": 0.0, "upper": 0.2}, "kid_base": 0.3},
+    "evaluation": {"pictures": {"metrics": ["kid"], "steps": 20}},
+}
+"""What `lora-eval --json` may say."""
 
 
 @pytest.fixture
@@ -148,8 +160,94 @@ def test_summary(job: Job) -> None:
         "equal on all 2 ranks",
         "132 bytes each step",
         "attempt_1/lora.safetensors",
-        f"tiny@1 in {job.config.registry}",
+    ):
+        assert words in text
+    text = published_text(job, SCORES, "tiny@1")
+    for words in (
+        "KID  0.1 (0 to 0.2)  0.3",
+        "caution: few pictures",
+        "see somewhere/sheet.png",
+        f"published as tiny@1 in {job.config.registry}",
     ):
         assert words in text
     single = dataclasses.replace(RESULT, rank_digests=RESULT.rank_digests[:1])
     assert "ranks" not in result_text(job, single)
+
+
+def test_scores_and_their_sheet_are_published(job: Job) -> None:
+    """Evaluated before, as if the push had failed then."""
+    sheet = job.attempt / "evaluation" / "sheet.png"
+    sheet.parent.mkdir()
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(sheet)
+    said = {**SCORES, "sheet": str(sheet)}
+    (job.attempt / "evaluated.json").write_text(json.dumps(said))
+    assert publish(job, RESULT) == "tiny@1"
+    registry = open_registry(str(job.config.registry))
+    manifest = registry.resolve("tiny")
+    assert manifest.metrics["kid"] == 0.1
+    assert manifest.metrics["validation_loss"] == 0.4
+    assert manifest.intervals["kid"] == (0.0, 0.2)
+    assert spec(manifest, "kid_base") == {"pictures.steps": 20}
+    assert "validation.validation_images" in spec(manifest, "validation_loss")
+    drawn = registry.pull("tiny", job.folder / "out", everything=True)
+    with Image.open(drawn.with_name("tiny.preview.png")) as image:
+        assert image.getpixel((0, 0)) == (9, 0, 0)
+
+
+def test_what_is_evaluated_follows_from_the_config(job: Job) -> None:
+    wanted = EvaluationConfig(steps=9, scale=2, clip="clip.safetensors")
+    config = job.config.model_copy(update={"evaluation": wanted})
+    given = evaluation.arguments(dataclasses.replace(job, config=config), "lora.safetensors")
+    assert f"--lora={job.attempt / 'lora.safetensors'}" in given
+    assert f"--real={config.data.validation}" in given
+    assert f"--train={config.data.train[0].folder}" in given
+    assert {"--steps=9", "--scale=2.0", "--clip=clip.safetensors", "--devices=0"} <= set(given)
+    assert not any(word.startswith("--inception") for word in given)
+    told = config.model_copy(update={"evaluation": EvaluationConfig(prompts="p.txt", real="r")})
+    given = evaluation.arguments(dataclasses.replace(job, config=told), "lora.safetensors")
+    assert {"--prompts=p.txt", "--real=r"} <= set(given)
+
+
+def test_captions_become_prompts_without_emphasis() -> None:
+    captions = ["a (big) fox", "", "an  owl\n", "a (big) fox", "third"]
+    assert evaluation.prompts_of(captions, 2) == ["a \\(big\\) fox", "an owl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"evaluation": None}, "`evaluation` is null"),
+        ({"train": "all"}, "not with `train: all`"),
+        ({"data": {"validation": None}}, "there is no `data.validation`"),
+    ],
+)
+def test_why_nothing_is_evaluated(job: Job, change: dict[str, object], reason: str) -> None:
+    values = {**job.config.model_dump(), "evaluation": {}}
+    values |= {k: {**values[k], **v} if isinstance(v, dict) else v for k, v in change.items()}
+    problem = evaluation.problem(RunConfig.model_validate(values))
+    assert problem is not None
+    assert reason in problem
+
+
+def test_an_evaluation_that_fails_keeps_the_lora_and_says_how_to_go_on(
+    job: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The LoRA of this test is none, which lora-eval says."""
+    config = job.config.model_copy(update={"evaluation": EvaluationConfig()})
+    job = dataclasses.replace(job, config=config)
+    keep(job, RESULT)
+    with pytest.raises(LaunchError, match=r"--resume .* and with --set evaluation=null leaves"):
+        publish(job, RESULT)
+    assert "error: " in capfd.readouterr().err
+    assert unfinished(job.folder) == job.attempt
+    launch(Request(None, ("evaluation=null",), device_target="CPU", resume=job.folder))
+    assert capfd.readouterr().out == "tiny@1\n"
+    assert unfinished(job.folder) is None
+
+
+def test_missing_files_of_the_evaluation_are_found_before_training(
+    config: Path, tmp_path: Path
+) -> None:
+    overrides = (f"evaluation={{clip: {tmp_path / 'clip.safetensors'}}}",)
+    with pytest.raises(LaunchError, match=r"evaluation\.clip: there is no file"):
+        prepare(Request(config, overrides, device_target="CPU"), datetime(2025, 1, 2))
