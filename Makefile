@@ -45,9 +45,9 @@ $(PARITY): requirements-parity.txt $(INSTALLED)
 demo: $(INSTALLED)
 	@start=$$(date +%s) && \
 	$(BIN)/lora-launch --devices 2 configs/runs/emoji-ink.yaml && \
-	$(BIN)/lora-sample --registry runs/registry --lora emoji-ink --seed 0 --scale 3 \
-	    $(foreach name,$(DRAWN),--prompt "ink emoji of $(subst -, ,$(name))") \
-	    --out $(SHEET) --overwrite && \
+	$(BIN)/lora-sample --registry runs/registry --lora emoji-ink --compare --seed 0 --scale 3 \
+	    $(foreach name,$(DRAWN),--prompt "ink emoji of $(subst -, ,$(name))") --batch 4 \
+	    --out demo/pictures --sheet $(SHEET) --overwrite > /dev/null && \
 	echo "Trained and drawn in $$(($$(date +%s) - start)) s: see $(SHEET)"
 
 test: lint
