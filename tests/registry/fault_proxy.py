@@ -24,6 +24,14 @@ _SKEWED = (
     b"<?xml version='1.0'?><Error><Code>RequestTimeTooSkewed</Code><Message>The difference between "
     b"the request time and the current time is too large.</Message></Error>"
 )
+_NOT_IMPLEMENTED = (
+    b"<?xml version='1.0'?><Error><Code>NotImplemented</Code><Message>A header you provided implies "
+    b"functionality that is not implemented.</Message></Error>"
+)
+_EXISTS = (
+    b"<?xml version='1.0'?><Error><Code>ObjectAlreadyExists</Code><Message>The object exists and may "
+    b"not be overwritten.</Message></Error>"
+)
 
 
 class FaultProxy:
@@ -40,6 +48,8 @@ class FaultProxy:
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self.endpoint_url = ""
+        self.own_condition: str | None = None
+        """A header that forbids to overwrite, in place of If-None-Match, which is then refused."""
 
     def draw(self, method: str, path: str) -> tuple[str | None, float]:
         """A fault or none, and a random number for it."""
@@ -108,7 +118,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == SPOIL_REQUEST and body:
             body = _spoilt(body, chance)
+        if self.proxy.own_condition and self.headers.get("If-None-Match"):
+            self._answer(501, [("Content-Type", "application/xml")], _NOT_IMPLEMENTED)
+            return
         status, headers, content = self._forward(body)
+        if status == 412 and self.proxy.own_condition:
+            self._answer(409, [("Content-Type", "application/xml")], _EXISTS)
+            return
         if fault == REPEAT:
             status, headers, content = self._forward(body)
         if fault == CUT:
@@ -123,6 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
             if self._upstream is None or fresh:
                 self._upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=120)
             headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
+            own = self.proxy.own_condition
+            if own and headers.get(own) == "true":
+                headers["If-None-Match"] = "*"
             try:
                 self._upstream.request(self.command, self.path, body or None, headers)
                 answer = self._upstream.getresponse()

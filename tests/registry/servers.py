@@ -128,6 +128,20 @@ def rclone(folder: Path) -> Iterator[Server]:
 
 
 @contextmanager
+def nanio(folder: Path) -> Iterator[Server]:
+    """Another one that ignores conditions; over TLS it also stores boto3's own uploads damaged."""
+    (folder / "data").mkdir()
+    (port,) = free_ports(1)
+    command = [
+        *(_program("nanio"), "serve", "--data-dir", str(folder / "data"), "--host", "127.0.0.1"),
+        *("--port", str(port), "--no-access-log", "--log-level", "error"),
+    ]
+    users = {"NANIO_ACCESS_KEY": ACCESS_KEY, "NANIO_SECRET_KEY": SECRET_KEY}
+    with _running("nanio", command, folder, port, users) as server:
+        yield server
+
+
+@contextmanager
 def ceph(folder: Path) -> Iterator[Server]:
     """Ceph's object gateway, with a monitor and a store in memory, of the Debian packages
     radosgw, ceph-mon and ceph-osd. Its parts do not always find each other: then once more."""

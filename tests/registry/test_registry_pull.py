@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,31 @@ def test_damaged_blob(
         assert digest in str(caught.value)
         assert sha256(blob()) in str(caught.value)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_every_sampled_damage_of_a_blob_is_refused(
+    loras: Registry, lora: Path, blob: Callable[[], Path], tmp_path: Path
+) -> None:
+    """A bit anywhere, bytes cut off or added."""
+    loras.push("ink", lora)
+    path = blob()
+    path.chmod(0o644)
+    whole = path.read_bytes()
+    damaged = [whole[:-1], whole[: len(whole) // 2], whole + b"\0", b"\0" * len(whole)]
+    draw = random.Random(0)
+    for position in [0, len(whole) - 1, *draw.sample(range(len(whole)), 60)]:
+        changed = bytearray(whole)
+        changed[position] ^= 1 << draw.randrange(8)
+        damaged.append(bytes(changed))
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(RegistryError, match="the stored file of ink@1 is damaged"):
+            loras.fetch("ink")
+        with pytest.raises(RegistryError, match="the stored file of ink@1 is damaged"):
+            loras.pull("ink", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+    path.write_bytes(whole)
+    assert loras.pull("ink", tmp_path / "out").read_bytes() == lora.read_bytes()
 
 
 def test_damaged_blob_does_not_replace_a_file(

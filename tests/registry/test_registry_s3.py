@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from registry.api import Registry, RegistryError, blob_key, open_registry
 from registry.creation import probe
 from registry.s3 import S3Store
 from tests.registry import servers
+from tests.registry.fault_proxy import fault_proxy
 from tests.registry.servers import Server
 
 RUN = uuid.uuid4().hex[:8]
@@ -35,6 +38,14 @@ def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
+def nanio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    if sys.version_info < (3, 11):
+        pytest.skip("nanio needs Python 3.11")
+    with servers.nanio(tmp_path_factory.mktemp("nanio")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def own() -> Server:
     """The server that `make test-s3` names."""
     endpoint_url = os.environ.get("LORA_TEST_S3_ENDPOINT")
@@ -43,7 +54,14 @@ def own() -> Server:
     return Server(servers.OWN, endpoint_url, os.environ["LORA_TEST_S3_BUCKET"])
 
 
-@pytest.fixture(params=["seaweedfs", "rclone", pytest.param("own", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        "seaweedfs",
+        "rclone",
+        pytest.param("nanio", marks=pytest.mark.slow),
+        pytest.param("own", marks=pytest.mark.slow),
+    ]
+)
 def server(request: pytest.FixtureRequest) -> Server:
     found: Server = request.getfixturevalue(request.param)
     return found
@@ -162,6 +180,26 @@ def test_what_the_probe_sees(
     assert found.way == "claims"
     assert found.found["If-None-Match"] == "ignored"
     assert list(store_of(use(rclone, "probe")).entries("")) == []
+
+
+@pytest.mark.parametrize("header", ["x-obs-forbid-overwrite", "x-oss-forbid-overwrite"])
+def test_a_server_with_a_condition_of_its_own(
+    seaweedfs: Server, use: Callable[..., Registry], make_lora: Callable[..., Path], header: str
+) -> None:
+    """As Huawei OBS and Alibaba OSS are said to be: no If-None-Match, but a header that is signed.
+    A proxy speaks so, and lets a real server decide."""
+    with fault_proxy(seaweedfs.endpoint_url, faults={}) as proxy:
+        proxy.own_condition = header
+        loras = use(seaweedfs, AWS_ENDPOINT_URL_S3=proxy.endpoint_url)
+        found = probe(store_of(loras))
+        assert found.way == header
+        assert found.found["If-None-Match"].startswith("refused: NotImplemented")
+        others = [use(seaweedfs, AWS_ENDPOINT_URL_S3=proxy.endpoint_url) for _ in range(3)]
+        files = [make_lora(f"{number}.safetensors", number) for number in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            pushed = list(pool.map(lambda other, file: other.push("ink", file), others, files))
+        assert sorted(manifest.version for manifest in pushed) == [1, 2, 3]
+        assert store_of(loras).put_if_absent("models/ink/versions/00000001.json", b"{}") is False
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
