@@ -71,14 +71,6 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     return np.append(roots**rho, 0.0)
 
 
-def linspace_sigmas(steps: int, table: np.ndarray = SIGMAS) -> np.ndarray:
-    """σ at `steps` evenly spaced timesteps from 999 towards 0, then 0; shape (steps + 1,).
-
-    `table` (1000,) has the σ of every timestep.
-    """
-    return spaced_sigmas(timesteps(steps, "linspace", drop_lowest=True), table)
-
-
 def euler(denoise: Denoise, x: np.ndarray, sigmas: Sigmas) -> np.ndarray:
     """Euler's method, Karras et al. (2022), arXiv 2206.00364, algorithm 1 without lines 6–8."""
     for sigma, sigma_next in pairwise(sigmas):

@@ -7,7 +7,7 @@ import pytest
 
 from diffusion import schedule
 from diffusion.schedule import ALPHAS_CUMPROD, zero_terminal
-from diffusion.solvers import dpm_solver_pp_2m, linspace_sigmas
+from diffusion.solvers import dpm_solver_pp_2m, noise_levels
 
 RESCALED = zero_terminal(ALPHAS_CUMPROD)
 
@@ -55,7 +55,7 @@ def test_a_solver_starts_at_a_sigma_that_is_finite() -> None:
     sigmas = schedule.sigmas(RESCALED)
     assert sigmas[-1] == pytest.approx(4096, rel=1e-6)
     np.testing.assert_array_equal(schedule.sigmas(ALPHAS_CUMPROD), schedule.SIGMAS)
-    levels = linspace_sigmas(10, sigmas)
+    levels = noise_levels("dpm++2m", 10, sigmas)
     assert levels[0] == sigmas[-1]
     # With the exact denoiser of one point the solver ends there, wherever it starts.
     target = np.full((1, 4, 2, 2), 0.5)

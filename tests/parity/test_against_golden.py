@@ -27,7 +27,7 @@ from diffusion.config import TextEncoderConfig
 from diffusion.layers import count_parameters
 from diffusion.lora import inject, lora_parameters
 from diffusion.models import in_batches
-from diffusion.solvers import dpm_solver_pp_2m, linspace_sigmas
+from diffusion.solvers import dpm_solver_pp_2m, noise_levels
 from diffusion.text_encoder import CLIPTextModel
 from diffusion.unet import UNet2DConditionModel
 from diffusion.vae import AutoencoderKL
@@ -410,7 +410,7 @@ def test_dpm_solver(golden: Golden, prediction_type: str, steps: int) -> None:
             else x / root**2 - (sigma / root) * output
         )
 
-    sigmas = linspace_sigmas(steps)
+    sigmas = noise_levels("dpm++2m", steps)
     x = cases.array("x", 2, 4, 8, 8).astype(np.float64) * np.sqrt(sigmas[0] ** 2 + 1)
     # The reference keeps its sigmas in single precision.
     found = dpm_solver_pp_2m(denoise, x, sigmas)

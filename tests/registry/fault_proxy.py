@@ -25,12 +25,12 @@ _SKEWED = (
     b"the request time and the current time is too large.</Message></Error>"
 )
 _NOT_IMPLEMENTED = (
-    b"<?xml version='1.0'?><Error><Code>NotImplemented</Code><Message>A header you provided implies "
-    b"functionality that is not implemented.</Message></Error>"
+    b"<?xml version='1.0'?><Error><Code>NotImplemented</Code><Message>A header you provided "
+    b"implies functionality that is not implemented.</Message></Error>"
 )
 _EXISTS = (
-    b"<?xml version='1.0'?><Error><Code>ObjectAlreadyExists</Code><Message>The object exists and may "
-    b"not be overwritten.</Message></Error>"
+    b"<?xml version='1.0'?><Error><Code>ObjectAlreadyExists</Code><Message>The object exists and "
+    b"may not be overwritten.</Message></Error>"
 )
 
 
