@@ -60,11 +60,15 @@ class Downsample(nn.Cell):
 
 
 class Upsample(nn.Cell):
-    """Doubles height and width by repetition, then convolves."""
+    """Doubles height and width by repetition, then convolves; to those of `like`, if it is given,
+    which are odd if they were halved from an odd size."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def construct(self, x: Tensor) -> Tensor:
-        return self.conv(upsample_nearest(x))
+    def construct(self, x: Tensor, like: Tensor | None = None) -> Tensor:
+        x = upsample_nearest(x)
+        if like is not None and x.shape[2:] != like.shape[2:]:
+            x = x[:, :, : like.shape[2], : like.shape[3]]
+        return self.conv(x)

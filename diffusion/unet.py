@@ -208,15 +208,16 @@ class UpBlock(nn.Cell):
         self.upsamplers = nn.CellList([Upsample(out)] if level > 0 else [])
 
     def construct(
-        self, x: Tensor, skips: tuple[Tensor, ...], time: Tensor, context: Tensor
+        self, x: Tensor, skips: tuple[Tensor, ...], time: Tensor, context: Tensor, like: Tensor
     ) -> Tensor:
-        """`skips` in the order in which the down blocks made them; the last is used first."""
+        """`skips` in the order in which the down blocks made them; the last is used first. `like`
+        has the height and width of what is made."""
         for j in range(len(self.resnets)):
             x = self.resnets[j](ops.concat((x, skips[len(skips) - 1 - j]), 1), time)
             if self.has_attention:
                 x = self.attentions[j](x, context)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = upsample(x, like)
         return x
 
 
@@ -228,8 +229,8 @@ class UNet2DConditionModel(nn.Cell):
     """Predicts ε or v from noisy latents, a timestep and the text.
 
     latents (batch, 4, h, w), timesteps (batch,), encoder_hidden_states (batch, tokens,
-    cross_attention_dim) → (batch, 4, h, w). h and w must be multiples of 2^(levels - 1). It
-    computes in the dtype of its weights, casts its inputs to it and its output to float32.
+    cross_attention_dim) → (batch, 4, h, w), of any h and w. It computes in the dtype of its
+    weights, casts its inputs to it and its output to float32.
     """
 
     def __init__(self, config: UNetConfig):
@@ -261,6 +262,6 @@ class UNet2DConditionModel(nn.Cell):
             x = outputs[-1]
         x = self.mid_block(x, time, context)
         for block in self.up_blocks:
-            x = block(x, skips[-self.layers_up :], time, context)
-            skips = skips[: -self.layers_up]
+            own, skips = skips[-self.layers_up :], skips[: -self.layers_up]
+            x = block(x, own, time, context, skips[-1] if skips else x)
         return self.conv_out(silu(self.conv_norm_out(x))).astype(ms.float32)

@@ -11,6 +11,8 @@ import click
 
 from launcher.doctor_command import doctor
 from launcher.rank_table import rank_table
+from launcher.report_command import report
+from launcher.status_command import logs, status
 from launcher.submit_command import submit
 from registry.command_line import OneSentenceGroup
 
@@ -37,6 +39,9 @@ def main() -> None:
 main.add_command(doctor)
 main.add_command(submit)
 main.add_command(rank_table)
+main.add_command(status)
+main.add_command(logs)
+main.add_command(report)
 
 
 @main.command(hidden=True)
@@ -113,6 +118,41 @@ main.add_command(rank_table)
     is_flag=True,
     help="Resume although base, data or config are not what they were.",
 )
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Serve metrics of this node's ranks to Prometheus; 0 takes a free port. Default: none.",
+)
+@click.option(
+    "--metrics-host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to serve them on; 0.0.0.0 lets other machines scrape.",
+)
+@click.option(
+    "--metrics-token-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Serve them to who has the bearer token in this file.",
+)
+@click.option(
+    "--metrics-certificate",
+    type=click.Path(path_type=Path),
+    metavar="PEM",
+    help="Serve them over TLS, with this certificate and --metrics-key.",
+)
+@click.option("--metrics-key", type=click.Path(path_type=Path), metavar="PEM", help="Its key.")
+@click.option(
+    "--require-metrics",
+    is_flag=True,
+    help="Do not train if they cannot be served; otherwise it is a warning.",
+)
+@click.option(
+    "--push-gateway",
+    metavar="URL",
+    help="Send them to this Pushgateway every 15 seconds, from nodes that cannot be scraped.",
+)
 @click.option("--dry-run", is_flag=True, help="Print plan and command; write and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -130,6 +170,13 @@ def run(
     max_restarts: int,
     resume: Path | None,
     accept_changes: bool,
+    metrics_port: int | None,
+    metrics_host: str,
+    metrics_token_file: Path | None,
+    metrics_certificate: Path | None,
+    metrics_key: Path | None,
+    require_metrics: bool,
+    push_gateway: str | None,
     dry_run: bool,
     as_json: bool,
     debug: bool,
@@ -153,7 +200,7 @@ def run(
     from cluster.mounted_table import read_when_complete
     from cluster.nodes import this_node
     from launcher.errors import Interrupted, RunFailed, Stopped
-    from launcher.request import Request
+    from launcher.request import Request, Scraping
     from launcher.run import launch
 
     target = None if device_target == "auto" else device_target
@@ -175,6 +222,15 @@ def run(
                 rank_table,
                 accept_changes,
                 dry_run,
+                Scraping(
+                    metrics_port,
+                    metrics_host,
+                    metrics_token_file,
+                    metrics_certificate,
+                    metrics_key,
+                    require_metrics,
+                    push_gateway,
+                ),
             ),
             as_json=as_json,
         )

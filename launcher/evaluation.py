@@ -6,6 +6,7 @@ What it is to do is written into the attempt's folder first, so that `--resume` 
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -17,16 +18,21 @@ from launcher.errors import Interrupted, LaunchError
 from launcher.job import Job
 from launcher.processes import end_with_parent
 from trainer.config import RunConfig
+from trainer.dataset import Example
 from trainer.events import write_json
 
-_ARGUMENTS, _SCORES, _PROMPTS = "evaluate.json", "evaluated.json", "prompts.txt"
+_ARGUMENTS, _SCORES = "evaluate.json", "evaluated.json"
+_PROMPTS, _REAL, _TRAINING = "prompts.json", "real.json", "training.json"
 FOLDER = "evaluation"
 """In the attempt's folder: pictures, sheets and features."""
 _END_SECONDS = 20.0
+_FEWEST_PICTURES = 16
+"""Of few captions several pictures are drawn, so that there is something to score."""
 
 
-def problem(config: RunConfig) -> str | None:
-    """Why a run is not evaluated; None if it is."""
+def problem(config: RunConfig, validation_images: int | None) -> str | None:
+    """Why a run is not evaluated; None if it is. `validation_images` is None if they are not at
+    hand."""
     wanted = config.evaluation
     if config.train != "lora":
         return "not with `train: all`"
@@ -34,17 +40,19 @@ def problem(config: RunConfig) -> str | None:
         return "`evaluation` is null"
     if config.data.validation is None and not (wanted.prompts and wanted.real):
         return "there is no `data.validation`, nor `evaluation.prompts` and `real`"
+    if wanted.real is None and validation_images is not None and validation_images < 2:
+        return f"`data.validation` has {validation_images} images, and 2 are the fewest"
     return None
 
 
 def prompts_of(captions: Sequence[str], most: int) -> list[str]:
-    """The first captions that are not empty, each once, as prompts: brackets are no emphasis."""
-    texts = [" ".join(caption.split()) for caption in captions]
-    different = list(dict.fromkeys(text for text in texts if text))[:most]
-    return [_escaped(text) for text in different]
+    """The first different captions, as prompts: brackets are no emphasis."""
+    return [as_prompt(text) for text in dict.fromkeys(captions)][:most]
 
 
-def _escaped(text: str) -> str:
+def as_prompt(caption: str) -> str:
+    """A caption as a prompt, whose brackets are brackets."""
+    text = " ".join(caption.split())
     for bracket in "\\()[]":
         text = text.replace(bracket, f"\\{bracket}")
     return text
@@ -56,13 +64,16 @@ def arguments(job: Job, artifact: str) -> list[str]:
     wanted = config.evaluation
     assert wanted is not None
     prompts = wanted.prompts or str(attempt / _PROMPTS)
+    captions = [example.caption for example in job.data.validation.examples]
+    count = len(prompts_of(captions, wanted.most_prompts)) if wanted.prompts is None else 0
+    enough = math.ceil(_FEWEST_PICTURES / count) if count else 1
     options: dict[str, object] = {
         "lora": attempt / artifact,
         "base": config.base.weights,
         "model": plan.model,
-        "real": wanted.real or config.data.validation,
+        "real": wanted.real or attempt / _REAL,
         "prompts": prompts,
-        "images-per-prompt": wanted.images_per_prompt,
+        "images-per-prompt": max(wanted.images_per_prompt, enough),
         "seed": wanted.seed,
         "steps": wanted.steps,
         "scale": wanted.scale,
@@ -76,23 +87,28 @@ def arguments(job: Job, artifact: str) -> list[str]:
         "devices": ",".join(map(str, job.start.device_ids)),
     }
     given = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    trained_on = [f"--train={one.folder}" for one in config.data.train if not one.regularisation]
-    return [*given, *trained_on, "--json"]
+    return [*given, f"--train={attempt / _TRAINING}", "--json"]
 
 
 def ask_for(job: Job, artifact: str) -> None:
     """Write down what `evaluate` is to do for a job, if it is to do anything."""
-    config = job.config
-    if problem(config) is not None:
+    config, attempt = job.config, job.attempt
+    held_out = job.data.validation.examples
+    if problem(config, len(held_out)) is not None:
         return
     assert config.evaluation is not None
-    if config.evaluation.prompts is None:
-        captions = [example.caption for example in job.data.validation.examples]
-        found = prompts_of(captions, config.evaluation.most_prompts)
-        if not found:
-            return
-        (job.attempt / _PROMPTS).write_text("\n".join(found) + "\n", encoding="utf-8")
-    write_json(job.attempt / _ARGUMENTS, {"arguments": arguments(job, artifact)})
+    captions = [example.caption for example in held_out]
+    found = prompts_of(captions, config.evaluation.most_prompts)
+    write_json(attempt / _PROMPTS, found)
+    write_json(attempt / _REAL, _rows(held_out))
+    write_json(attempt / _TRAINING, _rows(job.data.training.examples))
+    write_json(attempt / _ARGUMENTS, {"arguments": arguments(job, artifact)})
+
+
+def _rows(examples: Sequence[Example]) -> list[dict[str, str]]:
+    """Images for lora-eval, each once, and what they show."""
+    found = {example.path: as_prompt(example.caption) for example in examples}
+    return [{"file": str(Path(path).absolute()), "caption": text} for path, text in found.items()]
 
 
 def is_asked_for(attempt: Path) -> bool:

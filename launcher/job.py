@@ -30,6 +30,8 @@ from weights.files import sha256
 WORKER = "trainer.worker"
 PS_CONTEXT = "LORA_PS_CONTEXT"
 """Variable that tells the workers of their certificates; see trainer.distributed."""
+METRICS_VARIABLE, METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR", "metrics"
+"""Where, in an attempt's folder, each rank keeps what it measures; see trainer.telemetry."""
 MEETING_PORT = 28118
 """Where the launchers of several nodes meet, unless --master-port says otherwise."""
 
@@ -186,6 +188,7 @@ def make_start(
     environment = msrun.environment(
         run, machine, device_ids, interpreter, os.environ.get("PATH", ""), patience
     )
+    environment[METRICS_VARIABLE] = str(attempt / METRICS_FOLDER)
     if limits.tls:
         environment[PS_CONTEXT] = str(attempt / "tls" / "ps_context.json")
     return Start(
@@ -240,7 +243,7 @@ def write(job: Job) -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         made = made or part
-        for name in ("logs", "errors", "beats", "stacks"):
+        for name in ("logs", "errors", "beats", "stacks", METRICS_FOLDER):
             (part / name).mkdir()
         for name, text in files.items():
             (part / name).write_text(text, encoding="utf-8")

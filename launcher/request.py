@@ -10,6 +10,22 @@ from cluster.nodes import Nodes
 
 
 @dataclass(frozen=True)
+class Scraping:
+    """Where metrics are served, and to whom."""
+
+    port: int | None = None
+    """None serves none; 0 takes a free one."""
+    host: str = "127.0.0.1"
+    token_file: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    required: bool = False
+    """Without them there is no training."""
+    push_gateway: str | None = None
+    """URL of a Pushgateway that they are sent to."""
+
+
+@dataclass(frozen=True)
 class Request:
     """The options of `lora-launch`."""
 
@@ -31,3 +47,5 @@ class Request:
     accept_changes: bool = False
     dry_run: bool = False
     """Nothing will be started: weights and images need not be at hand."""
+    scraping: Scraping = field(default_factory=Scraping)
+    """Who is told how the run goes."""

@@ -36,6 +36,7 @@ from launcher.job import (
     write,
 )
 from launcher.lock import locked
+from launcher.observe import Observer, observed
 from launcher.others import Alone, Ended, Follower, Leader, Others, hello
 from launcher.processes import end_leftovers
 from launcher.progress import Lines, shown_progress
@@ -92,12 +93,14 @@ def _lead(request: Request, worker: str, as_json: bool) -> None:
             f"warning: {address} is a public address, and who reaches it can take part in the run; "
             "use one of a private network, or --set cluster.tls=true"
         )
-    with _others(request, job) as others:
+    with observed(request.scraping, _tell) as observer, _others(request, job) as others:
         with received_signals() as signals:
-            job = _trained(request, job, worker, signals, others)
+            job = _trained(request, job, worker, signals, others, observer)
         result = read_result(job.attempt)
         _tell(result_text(job, result))
         reference = publish(job, result, signals)
+        if reference:
+            observer.published((job.attempt / result.artifact).stat().st_size)
     _tell(published_text(job, scores_of(job.attempt), reference))
     if as_json:
         print(json.dumps(_result_json(job, result, reference), indent=2))
@@ -119,19 +122,29 @@ def _finish_late(request: Request, folder: Path, attempt: Path, as_json: bool) -
 
 
 def _trained(
-    request: Request, job: Job, worker: str, signals: Sequence[int], others: Others
+    request: Request,
+    job: Job,
+    worker: str,
+    signals: Sequence[int],
+    others: Others,
+    observer: Observer,
 ) -> Job:
     """The attempt that ended well, after those that did not. Raises what `supervise` does."""
     if request.resume is None:
         job = _begin(job, signals, others)
         with locked(job.folder):
-            return _attempts(request, job, worker, signals, others)
+            return _attempts(request, job, worker, signals, others, observer)
     job = _begin(job, signals, others)
-    return _attempts(request, job, worker, signals, others)
+    return _attempts(request, job, worker, signals, others, observer)
 
 
 def _attempts(
-    request: Request, job: Job, worker: str, signals: Sequence[int], others: Others
+    request: Request,
+    job: Job,
+    worker: str,
+    signals: Sequence[int],
+    others: Others,
+    observer: Observer,
 ) -> Job:
     failed: list[Failed] = []
     again = replace(
@@ -145,7 +158,8 @@ def _attempts(
     while True:
         try:
             try:
-                with shown_progress(job.plan) as progress:
+                with shown_progress(job.plan) as shown:
+                    progress = observer.watched(shown, job.config.name, job.plan, job.start)
                     supervise(job.start, progress, signals, others)
             finally:
                 shutil.rmtree(job.attempt / "tls", ignore_errors=True)
@@ -225,7 +239,7 @@ def _follow(request: Request, worker: str) -> None:
         device_ids=list(device_ids),
         server=server and asdict(server),
     )
-    with received_signals() as signals:
+    with observed(request.scraping, _tell) as observer, received_signals() as signals:
         _tell(f"node {nodes.node_rank} of {nodes.nnodes}: going to node 0 at {nodes.master_addr}")
         patience = _patience(config, signals)
         others = Follower(
@@ -259,7 +273,9 @@ def _follow(request: Request, worker: str) -> None:
             _tell(f"{attempt.name} begins; node 0 shows its progress")
             with locked(start.folder, nodes.node_rank):
                 try:
-                    supervise(start, Lines(read_plan(attempt)), signals, others)
+                    plan = read_plan(attempt)
+                    progress = observer.watched(Lines(plan), config.name, plan, start)
+                    supervise(start, progress, signals, others)
                 except (Ended, RunFailed, Stopped) as ended:
                     # Node 0 knows, and says what comes next.
                     _tell(f"{attempt.name} has ended: {ended or 'node 0 wants it to'}")

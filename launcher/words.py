@@ -9,7 +9,6 @@ from typing import Any
 from launcher import evaluation
 from launcher.job import Job
 from launcher.publish import Result
-from trainer.config import RunConfig
 from trainer.plan import Plan
 
 
@@ -64,7 +63,7 @@ def plan_text(job: Job) -> str:
         ),
         "devices": _devices_text(job),
         **_nodes_row(job),
-        "evaluation": _evaluation_text(job.config),
+        "evaluation": _evaluation_text(job),
         "run folder": str(job.folder),
         "published as": published if config.registry else "not published",
     }
@@ -73,8 +72,10 @@ def plan_text(job: Job) -> str:
     return "\n".join([f"plan of {plan.name}", *table(rows)])
 
 
-def _evaluation_text(config: RunConfig) -> str:
-    wanted, reason = config.evaluation, evaluation.problem(config)
+def _evaluation_text(job: Job) -> str:
+    config = job.config
+    held_out = job.plan.validation_examples if job.plan.steps else None
+    wanted, reason = config.evaluation, evaluation.problem(config, held_out)
     if wanted is None or reason:
         return f"none: {reason}"
     prompts = f"the prompts in {wanted.prompts}" if wanted.prompts else "held-out captions"

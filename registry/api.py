@@ -26,6 +26,7 @@ from registry.files import copy_hashing, copy_whole, written_beside
 from registry.manifest import FileEntry, Manifest
 from registry.models import Model, in_parallel, models
 from registry.references import check_alias, check_name, parse_reference
+from registry.s3_client import without_credentials
 from registry.settings import Settings
 from registry.store import FolderStore, Progress, Store, silent
 
@@ -54,8 +55,8 @@ def open_registry(
         raise RegistryError("no registry is named; name its folder, such as ./loras")
     if "://" in location and not location.startswith("s3://"):
         raise RegistryError(
-            f"a registry is a folder or s3://BUCKET/PREFIX, and {location} is another URL; an S3 "
-            "server is named with --endpoint-url"
+            f"a registry is a folder or s3://BUCKET/PREFIX, and {without_credentials(location)} "
+            "is another URL; an S3 server is named with --endpoint-url"
         )
     if "://" in location:
         from registry.cache import default_cache
@@ -399,7 +400,7 @@ class Registry:
         if self._exists():
             self._require()
             return False
-        document = settings or Settings()
+        document = self.store.settle(settings or Settings())
         self.store.use(document)
         try:
             made = self.store.put_if_absent("registry.json", documents.sealed(document))

@@ -1,17 +1,20 @@
 """Blobs and manifests kept on this machine, shared by all its processes.
 
-A blob is named by its digest; one that is being fetched has `.part` after it, and who fetches it
-holds a lock, which the kernel lets go of when that process ends.
+A blob is named by its digest; one that is being fetched has `.part` after it. Who fetches one holds
+the lock of its folder, which the kernel lets go of when that process ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from registry.errors import RegistryError, os_errors
@@ -47,9 +50,10 @@ class Cache:
         path = self.blob(sha256)
         with os_errors(f"write to the cache {self.folder}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+            lock = _lock(path.parent)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with os_errors(f"lock the cache {self.folder}"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists() and _digest(path) == sha256:
                 os.utime(path)
                 yield path, True
@@ -85,25 +89,51 @@ class Cache:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def upload_record(self, name: str) -> Path:
-        """Where an upload that has begun is noted."""
-        folder = self.folder / "uploads"
+    def upload(self, name: str) -> str | None:
+        """The id of an upload of this name that has begun and not ended."""
+        with (
+            os_errors(f"read the cache {self.folder}"),
+            contextlib.suppress(FileNotFoundError, ValueError),
+        ):
+            return self._upload(name).read_text(encoding="ascii") or None
+        return None
+
+    def note_upload(self, name: str, id: str | None) -> None:
+        """Keep the id of an upload that has begun, None when it has ended. Raises RegistryError."""
+        path = self._upload(name)
         with os_errors(f"write to the cache {self.folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder / hashlib.sha256(name.encode()).hexdigest()[:32]
+            if id is None:
+                path.unlink(missing_ok=True)
+            else:
+                self.keep(path, id.encode("ascii"))
+
+    def _upload(self, name: str) -> Path:
+        return self.folder / "uploads" / hashlib.sha256(name.encode()).hexdigest()[:32]
+
+    def tidy(self, before: datetime) -> None:
+        """Remove what was begun before a time and not ended. Raises RegistryError."""
+        with os_errors(f"tidy the cache {self.folder}"):
+            parts = (self.folder / "blobs").glob("*/*.part")
+            notes = (self.folder / "uploads").glob("*")
+            for path in (*parts, *notes, *(self.folder / "documents").rglob(".*.tmp")):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < before.timestamp():
+                        _remove(path)
 
     def _shrink(self, newest: Path) -> None:
-        """Remove the blobs that were used least lately until the rest fits the limit."""
+        """Remove the blobs that were used least lately, whole or in part, until the rest fits the
+        limit."""
         found = []
         for path in (self.folder / "blobs").glob("*/*"):
-            if path.suffix == "" and path != newest:
-                state = path.stat()
-                found.append((state.st_mtime, state.st_size, path))
+            if path != newest and not path.name.startswith("."):
+                with contextlib.suppress(FileNotFoundError):  # another process makes room too
+                    state = path.stat()
+                    found.append((state.st_mtime, state.st_size, path))
         room = self.limit - newest.stat().st_size
         for _, size, path in sorted(found, reverse=True):
             room -= size
             if room < 0:
-                path.unlink(missing_ok=True)
+                _remove(path)
         # Others fill it too: a hundredth of it may be too much for a moment.
         self._room = min(max(room, 0), self.limit // 100)
 
@@ -117,10 +147,31 @@ def default_cache(offline: bool = False) -> Cache:
     try:
         limit = float(text)
     except ValueError:
-        raise RegistryError(
-            f"{_LIMIT}: expected a number of GB, found {text!r}; correct it"
-        ) from None
+        limit = math.nan
+    if not 0 <= limit < math.inf:
+        raise RegistryError(f"{_LIMIT}: expected a number of GB, found {text!r}; correct it")
     return Cache(Path(folder), int(limit * 1e9), offline)
+
+
+def _lock(folder: Path) -> int:
+    """The open lock of a folder of blobs: one for all that are in it, so that it is never in
+    anybody's way and need not be removed."""
+    return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, unless it is part of a blob that somebody fetches right now."""
+    if path.suffix != ".part":
+        path.unlink(missing_ok=True)
+        return
+    lock = _lock(path.parent)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)
 
 
 def _digest(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,13 @@ from registry.command_line import (
     print_json,
     read_text,
     registry_options,
+    table,
     transfer,
 )
 from registry.errors import RegistryError, os_errors
 from registry.life_commands import alias, compare, history, log, promote
 from registry.look_commands import card, list_, show
+from registry.site_command import site
 from registry.upkeep_commands import copy, doctor, gc, init, key, rm, unyank, verify, yank
 from registry.weight_commands import export, extract, import_, inspect, merge, resize
 from registry.words import human_size
@@ -134,42 +135,91 @@ def push(
     if later:
         from registry import queue
 
-        folder = queue.add(registry.location, name, file, **facts)
+        folder = queue.add(registry, name, file, **facts)
         click.echo(f"{file} waits; send it with: lora-registry sync", err=True)
         click.echo(json.dumps({"queued": str(folder)}) if as_json else folder)
         return
-    with transfer("pushing", file.stat().st_size if file.is_file() else 0) as progress:
+    with transfer("pushing", _size(file)) as progress:
         manifest = registry.push(name, file, **facts, progress=progress)
     if verify == "full":
-        registry.check(manifest)
+        try:
+            registry.check(manifest)
+        except RegistryError as error:
+            raise RegistryError(f"{manifest.reference} is published, and {error}") from error
     size = human_size(manifest.files[0].size)
     click.echo(f"pushed {file} ({size}) to {registry.location}", err=True)
     click.echo(_as_json(manifest) if as_json else manifest.reference)
 
 
 @main.command()
+@click.option("--list", "listing", is_flag=True, help="Show what waits, for any registry.")
+@click.option(
+    "--drop", "dropped", metavar="PUSH", multiple=True, help="Forget a push, as --list names it."
+)
 @registry_options
-def sync(location: str | None, as_json: bool) -> None:
+def sync(listing: bool, dropped: Sequence[str], location: str | None, as_json: bool) -> None:
     """Send the pushes that wait on this machine (push --later), and print what they became.
+
+    One that is not taken waits on, and does not keep the others.
 
     \b
     Example:
       lora-registry sync --registry s3://bucket/loras
+      lora-registry sync --list
     """
     from registry import queue
 
+    if listing or dropped:
+        _tend(dropped, as_json)
+        return
     registry = open_named(location)
-    jobs, sent = queue.waiting(registry.location), []
-    for folder in jobs:
-        with transfer(f"pushing {queue.read(folder).name}", 0) as progress:
-            sent.append(queue.send(registry, folder, progress))
-        shutil.rmtree(folder)
-        if not as_json:
-            click.echo(sent[-1].reference)
+    jobs, sent, failed = queue.waiting(registry), [], 0
+    for folder, push in jobs:
+        try:
+            push = push or queue.read(folder)
+            with transfer(f"pushing {push.name}", _size(folder / push.file)) as progress:
+                manifest = queue.deliver(registry, folder, progress)
+        except RegistryError as error:
+            failed += 1
+            click.echo(f"{folder.name}: {error}", err=True)
+            continue
+        if manifest is not None:  # or another process has sent it
+            sent.append(manifest.reference)
+            if not as_json:
+                click.echo(manifest.reference)
     if as_json:
-        print_json([manifest.reference for manifest in sent])
-    elif not jobs:
-        click.echo(f"nothing waits for {registry.location}", err=True)
+        print_json(sent)
+    if failed:
+        raise RegistryError(
+            f"{failed} of {len(jobs)} pushes wait on; correct what is said above, or forget one "
+            "with sync --drop"
+        )
+    if not jobs and not as_json:
+        others = len(queue.waiting())
+        more = f"; {others} wait for others, see sync --list" if others else ""
+        click.echo(f"nothing waits for {registry.store.address}{more}", err=True)
+
+
+def _tend(dropped: Sequence[str], as_json: bool) -> None:
+    """Forget pushes, and show those that wait then."""
+    from registry import queue
+
+    there = {folder.name: (folder, push) for folder, push in queue.waiting()}
+    for name in dropped:
+        if name not in there:
+            raise RegistryError(f"no push {name} waits; see sync --list")
+    for name in set(dropped):
+        queue.drop(there.pop(name)[0])
+    rows = [
+        (name, *((push.name, push.file, push.address) if push else ("cannot be read", "", "")))
+        for name, (_, push) in there.items()
+    ]
+    if as_json:
+        print_json([dict(zip(("push", "name", "file", "to"), row, strict=True)) for row in rows])
+    elif rows:
+        click.echo(table(rows))
+    else:
+        click.echo("nothing waits", err=True)
 
 
 @main.command()
@@ -227,6 +277,11 @@ def pull(
         click.echo(path)
 
 
+def _size(file: Path) -> int:
+    """For a bar; that it is not there is for others to say."""
+    return file.stat().st_size if file.is_file() else 0
+
+
 def _read_object(path: Path | None, words: str) -> dict[str, Any]:
     if path is None:
         return {}
@@ -257,7 +312,7 @@ def _as_json(manifest: Manifest) -> str:
 
 
 for command in (
-    *(list_, show, card),
+    *(list_, show, card, site),
     *(alias, promote, compare, history, log),
     *(verify, yank, unyank, rm, gc, copy, init, doctor, key),
     *(inspect, export, import_, merge, resize, extract),

@@ -1,7 +1,8 @@
 """How a small object is created unless it is there, on the server at hand: found out, not believed.
 
 Of eleven servers that were tried, five answer 200 to a condition that is not met, and one refuses
-conditions. What holds is tried once for a bucket and kept in the cache.
+conditions. What holds is tried once for a bucket and kept in the cache; what the registry was made
+with is in its settings, so that all its writers do the same.
 """
 
 from __future__ import annotations
@@ -15,26 +16,31 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from registry.errors import RegistryError, os_errors
+from registry.s3_client import DAMAGED
 from registry.s3_errors import code_of, status_of
+from registry.settings import Way
 
 if TYPE_CHECKING:
     from registry.s3 import S3Store
 
-Way = Literal["If-None-Match", "x-obs-forbid-overwrite", "x-oss-forbid-overwrite", "claims"]
 Create = Callable[[str, bytes], bool]
 
 _WAYS: tuple[Way, ...] = ("If-None-Match", "x-obs-forbid-overwrite", "x-oss-forbid-overwrite")
 _CONFLICTS = 20
 _RACERS, _RACES = 4, 3
 _PROBE_DAYS = 30
-_CLAIM_SECONDS = 25.0
-"""A claim older than this is that of a process that died."""
+CLAIM_SECONDS = 60.0
+"""A claim older than this is that of a process that died, by the server's clock, which tells whole
+seconds. Until then a write under it can come to pass: it is sent within _HOLD_SECONDS, its client
+waits for ONCE_SECONDS at most, and the rest is for what stands between it and the server."""
 _HOLD_SECONDS = 5.0
-"""Who has held a claim for longer than this does not write. A write takes 10 s at most."""
+"""Who has held a claim for longer than this does not write."""
 _WAIT_SECONDS = 180.0
+_UNKNOWN = (500, 502, 504)
+"""What a server, or a gateway before it, says of a write that can still come to pass."""
 
 
 @dataclass(frozen=True)
@@ -44,61 +50,82 @@ class Probe:
     way: Way
     found: dict[str, str]
     """For each way that was tried, what happened."""
-    conditions_refused: bool
-    """A PUT with If-None-Match is an error, so that claims must do without it too."""
+
+    @property
+    def conditions_refused(self) -> bool:
+        """A PUT with If-None-Match is an error, so that claims must do without it too."""
+        return self.found["If-None-Match"].startswith(_REFUSED)
 
 
-def creation(store: S3Store) -> Create:
-    """The function that creates an object of this store; probes the server if that is not known."""
-    found = _remembered(store) or _remember(store, probe(store))
-    return _ways(store, found)[found.way]
+_REFUSED = "refused: "
+
+
+def creation(store: S3Store, agreed: Way | None) -> Create:
+    """The function that creates an object of this store, in the way that the registry's writers
+    have agreed upon if they have; probes the server if it is not known.
+
+    Raises RegistryError if that way does not hold here: others may write in it all the same.
+    """
+    found = probed(store)
+    if agreed not in (None, "claims", found.way):
+        raise RegistryError(
+            f"{store.place.words}: this registry was made where {agreed} keeps two pushes from one "
+            f"version, and here it does not ({found.found.get(agreed, 'another way holds')}); copy "
+            "its versions into a new registry, or see lora-registry doctor"
+        )
+    return _ways(store, found)[agreed or found.way]
+
+
+def probed(store: S3Store) -> Probe:
+    """What the server does, as it is remembered or found out now."""
+    return _remembered(store) or probe_anew(store)
+
+
+def probe_anew(store: S3Store) -> Probe:
+    """What the server does, found out now, and remembered for this machine."""
+    return _remember(store, probe(store))
 
 
 def probe(store: S3Store) -> Probe:
     """Try each way on keys of one's own under probe/, with racing writers.
 
-    Raises RegistryError if the bucket cannot be written.
+    Raises RegistryError if the bucket cannot be written, or what it does tells nothing.
     """
     found: dict[str, str] = {}
-    refused = False
-    for way in _WAYS:
-        found[way] = verdict = _tried(store, _ways(store, None)[way])
-        if verdict == "holds":
-            return Probe(way, found, refused)
-        if way == "If-None-Match":
-            refused = verdict != "ignored"
-    return Probe("claims", found, refused)
-
-
-def probe_anew(store: S3Store) -> Probe:
-    """The same, remembered for this machine."""
-    return _remember(store, probe(store))
+    for way, create in _ways(store, None).items():
+        found[way] = _tried(store, create)
+        if found[way] == "holds":
+            return Probe(way, found)
+    return Probe("claims", found)
 
 
 def _tried(store: S3Store, create: Create) -> str:
-    from botocore.exceptions import ClientError
-
+    """What a way does. An answer that was lost tells nothing against it: the write is made again,
+    and refused by what it has written itself."""
     folder, keys = f"probe/{uuid.uuid4().hex}", []
     try:
         keys.append(f"{folder}/twice")
         try:
             with store.errors("write objects"):
-                if not create(keys[0], b"first"):
-                    return "a new object is refused"
-                if create(keys[0], b"second"):
+                if not create(keys[0], b"first") and store.read(keys[0]) != b"first":
+                    raise _tells_nothing(store, keys[0])
+                if create(keys[0], b"second") or store.read(keys[0]) != b"first":
                     return "ignored"
         except RegistryError as error:
-            cause = error.__cause__
-            if isinstance(cause, ClientError) and status_of(cause) in (400, 501):
-                return f"refused: {code_of(cause)}"
-            raise
+            code = _refusal(error)
+            if code is None:
+                raise
+            return f"{_REFUSED}{code}"
         with ThreadPoolExecutor(_RACERS) as pool:
             for number in range(_RACES):
                 keys.append(f"{folder}/race{number}")
                 bodies = [str(writer).encode() for writer in range(_RACERS)]
-                won = list(pool.map(create, [keys[-1]] * _RACERS, bodies))
-                if won.count(True) != 1 or store.read(keys[-1]) != bodies[won.index(True)]:
-                    return f"not for writers at once: {won.count(True)} of {_RACERS} were told so"
+                told = list(pool.map(create, [keys[-1]] * _RACERS, bodies))
+                stored = store.read(keys[-1])
+                if stored not in bodies:
+                    raise _tells_nothing(store, keys[-1])
+                if any(won and body != stored for won, body in zip(told, bodies, strict=True)):
+                    return f"not for writers at once: {told.count(True)} of {_RACERS} were told so"
         return "holds"
     finally:
         for key in keys:
@@ -106,8 +133,26 @@ def _tried(store: S3Store, create: Create) -> str:
                 store.delete(key)
 
 
-def _ways(store: S3Store, probe: Probe | None) -> dict[Way, Create]:
-    return {
+def _refusal(error: RegistryError) -> str | None:
+    """By which code a server says that it does not know a condition, None if it does not say so."""
+    from botocore.exceptions import ClientError
+
+    cause = error.__cause__
+    if not isinstance(cause, ClientError) or code_of(cause) in DAMAGED:
+        return None
+    return code_of(cause) if status_of(cause) in (400, 501) else None
+
+
+def _tells_nothing(store: S3Store, key: str) -> RegistryError:
+    return RegistryError(
+        f"{store.place.words}: the server says that {key} is there, and it is not what was written "
+        "to it; try again, or use another one"
+    )
+
+
+def _ways(store: S3Store, found: Probe | None) -> dict[Way, Create]:
+    """The ways that can be tried, and with what was found also claims."""
+    ways: dict[Way, Create] = {
         "If-None-Match": lambda key, data: _conditional(store, key, data, None),
         "x-obs-forbid-overwrite": lambda key, data: _conditional(
             store, key, data, "x-obs-forbid-overwrite"
@@ -115,10 +160,11 @@ def _ways(store: S3Store, probe: Probe | None) -> dict[Way, Create]:
         "x-oss-forbid-overwrite": lambda key, data: _conditional(
             store, key, data, "x-oss-forbid-overwrite"
         ),
-        "claims": lambda key, data: _claimed(
-            store, key, data, probe is None or probe.conditions_refused
-        ),
     }
+    if found is not None:
+        refused = found.conditions_refused
+        ways["claims"] = lambda key, data: _claimed(store, key, data, refused)
+    return ways
 
 
 def _conditional(store: S3Store, key: str, data: bytes, header: str | None) -> bool:
@@ -167,9 +213,14 @@ def _claimed(store: S3Store, key: str, data: bytes, refused: bool) -> bool:
                 store.put(own, b"")
             waiting = _until_alone(store, folder, own, last)
             if not waiting:
-                written = _write_alone(store, key, data, refused, last)
-                with contextlib.suppress(RegistryError):  # it is of no account any more
-                    store.delete(own)
+                try:
+                    written = _write_alone(store, key, data, refused, last)
+                except _Unsettled:
+                    raise
+                except RegistryError:
+                    _withdraw(store, own)
+                    raise
+                _withdraw(store, own)
                 if written is not None:
                     return written
             else:
@@ -181,6 +232,12 @@ def _claimed(store: S3Store, key: str, data: bytes, refused: bool) -> bool:
     )
 
 
+def _withdraw(store: S3Store, claim: str) -> None:
+    """Remove one's own claim, which is of no account any more."""
+    with contextlib.suppress(RegistryError):
+        store.delete(claim)
+
+
 def _living(store: S3Store, folder: str) -> list[str]:
     """The claims under a key, oldest first, after those of dead processes are removed."""
     claims = list(store.entries(folder))
@@ -188,7 +245,7 @@ def _living(store: S3Store, folder: str) -> list[str]:
         return []
     now, living = store.now(), []
     for claim in claims:
-        if now - claim.modified > timedelta(seconds=_CLAIM_SECONDS):
+        if now - claim.modified > timedelta(seconds=CLAIM_SECONDS):
             store.delete(claim.key)
         else:
             living.append(claim.key)
@@ -212,37 +269,49 @@ def _until_alone(store: S3Store, folder: str, own: str, last: float) -> list[str
         time.sleep(random.uniform(0.02, 0.05))
 
 
+class _Unsettled(RegistryError):
+    """A write of which nobody knows whether it has come to pass, or still will."""
+
+
 def _write_alone(store: S3Store, key: str, data: bytes, refused: bool, last: float) -> bool | None:
     """Write the object if it is still not there; None if nothing was written before `last`.
 
     A write whose answer is lost is made again with the same bytes, which does no harm. Raises
-    RegistryError where it remains unknown; the claim is then left to grow old.
+    _Unsettled where it remains unknown: the claim has to grow old then, for the write can come to
+    pass until it has. Raises RegistryError if the server refuses.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
     if store.size(key) is not None:
         return False
-    with store.errors("write objects"):
-        unknown: Exception | None = None
-        while time.monotonic() < last:
-            try:
+    unknown: Exception | None = None
+    while time.monotonic() < last:
+        try:
+            with store.errors("write objects"):
                 store.put_once(key, data, **({} if refused else {"IfNoneMatch": "*"}))
-                return True
-            except ClientError as error:
-                if status_of(error) in (409, 412) and unknown is None:
-                    return False
-                if status_of(error) < 500:
-                    raise
-            except BotoCoreError as error:
+            return True
+        except RegistryError as error:
+            cause = error.__cause__
+            if isinstance(cause, BotoCoreError):
                 unknown = error
-            time.sleep(random.uniform(0.02, 0.1))
-        if unknown is not None:
-            raise unknown
+            elif not isinstance(cause, ClientError):
+                raise
+            elif status_of(cause) == 412:  # by whom it was written, the reader sees
+                return False
+            elif status_of(cause) in _UNKNOWN:
+                unknown = error
+            elif unknown is not None:
+                break
+            elif status_of(cause) not in (409, 503) and code_of(cause) not in DAMAGED:
+                raise
+        time.sleep(random.uniform(0.02, 0.1))
+    if unknown is not None:
+        raise _Unsettled(f"{unknown}; {key} may be written all the same, or still be") from unknown
     return None
 
 
 def _remembered(store: S3Store) -> Probe | None:
-    path = store.cache.documents(store.place.words) / "probe.json"
+    path = store.cache.documents(store.place.words) / "creation.json"
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         if time.time() - path.stat().st_mtime < _PROBE_DAYS * 86400:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -251,7 +320,7 @@ def _remembered(store: S3Store) -> Probe | None:
 
 
 def _remember(store: S3Store, found: Probe) -> Probe:
-    path = store.cache.documents(store.place.words) / "probe.json"
+    path = store.cache.documents(store.place.words) / "creation.json"
     with os_errors(f"write to the cache {store.cache.folder}"):
         store.cache.keep(path, json.dumps(asdict(found)).encode())
     return found

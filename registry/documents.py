@@ -75,10 +75,18 @@ def _check_version(data: bytes) -> None:
         raise ValueError(f"it has format version {version}, and this program knows 1")
 
 
-def read(store: Store, key: str, kind: type[Document], words: str, fresh: bool = False) -> Document:
+def read(
+    store: Store,
+    key: str,
+    kind: type[Document],
+    words: str,
+    fresh: bool = False,
+    remedy: str = "restore it",
+) -> Document:
     """The document under a key; with `fresh` not from a cache.
 
-    `words` says what it should be. Raises RegistryError if it is not there or not that.
+    `words` says what it should be. Raises RegistryError, with the remedy, if it is not there or not
+    that.
     """
     reason = ""
     for asked in (True, True, True) if fresh else (False, True, True):
@@ -91,5 +99,5 @@ def read(store: Store, key: str, kind: type[Document], words: str, fresh: bool =
             reason = str(error)
     raise RegistryError(
         f"{key} in the registry {store.location} is not {words} that this program can read "
-        f"({reason}); restore it, or use a newer lora-registry"
+        f"({reason}); {remedy}, or use a newer lora-registry"
     )

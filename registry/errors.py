@@ -34,8 +34,11 @@ def os_errors(action: str) -> Iterator[None]:
 
 def problems(error: ValidationError) -> str:
     """The findings of pydantic in one line: ``metrics.fid: Input should be ..., found 'x'``."""
-    return "; ".join(
-        f"{'.'.join(map(str, finding['loc'])) or 'whole document'}: "
-        f"{finding['msg']}, found {reprlib.repr(finding['input'])}"
-        for finding in error.errors(include_url=False)
-    )
+    found = []
+    for finding in error.errors(include_url=False):
+        where = ".".join(map(str, finding["loc"])) or "whole document"
+        if finding["type"] == "value_error":  # one of our own, which says all that there is to say
+            found.append(f"{where}: {finding['ctx']['error']}")
+        else:
+            found.append(f"{where}: {finding['msg']}, found {reprlib.repr(finding['input'])}")
+    return "; ".join(found)

@@ -18,7 +18,7 @@ _MOST = 3
 def spec(manifest: Manifest, metric: str) -> dict[str, Any]:
     """How one metric of a version was measured, as flat facts. What was measured of the base alone,
     `kid_base`, was so as `kid`."""
-    names = (metric, metric.removesuffix("_base"))
+    names = (metric, metric.removesuffix("_base"), metric.removesuffix("_difference"))
     found: dict[str, Any] = {}
     for key, value in manifest.evaluation.items():
         if isinstance(value, dict) and isinstance(listed := value.get(_LISTED), list):

@@ -38,6 +38,12 @@ def written_beside(
         temporary.unlink(missing_ok=True)
 
 
+def is_temporary(name: str) -> bool:
+    """Is it the name of a file that did not get its own, because its writer was killed or still
+    writes?"""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
 def copy_hashing(
     source: Path, target: BinaryIO, progress: Callable[[int], object] = lambda _: None
 ) -> str:

@@ -7,10 +7,11 @@ needed, so a log is right wherever a version is.
 from __future__ import annotations
 
 import getpass
+import logging
 import re
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from registry.errors import RegistryError
 from registry.store import Store
 
 _ATTEMPTS = 1000
+_log = logging.getLogger("lora-registry")
 
 
 class LogEntry(BaseModel):
@@ -59,10 +61,31 @@ def entries(store: Store, folder: str) -> list[LogEntry]:
     return [read(store, folder, number) for number in _numbers(store, folder)]
 
 
-def last(store: Store, folder: str) -> LogEntry | None:
-    """The newest entry."""
-    numbers = _numbers(store, folder)
-    return read(store, folder, numbers[-1]) if numbers else None
+def standing(store: Store, folder: str) -> LogEntry | None:
+    """The newest entry that counts, None if none does."""
+    return newest(store, folder, _numbers(store, folder))
+
+
+def newest(store: Store, folder: str, numbers: Sequence[int]) -> LogEntry | None:
+    """The same of the entries with these numbers, in their order."""
+    read_backwards = (read(store, folder, number) for number in reversed(numbers))
+    return next(filter(counts, read_backwards), None)
+
+
+def counts(entry: LogEntry) -> bool:
+    """Does the policy let it count? What was done to a version, and its card, are for those to
+    decide who may publish it. Says why not, on the way."""
+    try:
+        signing.judge(entry.place, model_of(entry.place), entry.signature)
+    except RegistryError as error:
+        _log.warning("warning: %s; it does not count", error)
+        return False
+    return True
+
+
+def model_of(place: str) -> str:
+    """The model that a log or an entry is about."""
+    return place.split("/")[1]
 
 
 def append(
@@ -71,10 +94,12 @@ def append(
     """Add an entry after those that are there, whoever else adds one at the same time.
 
     `decide` is given them and says the fields of the next one; again, if somebody else was faster.
-    It is signed if the user has a key. Raises RegistryError if the values are no entry, or the
-    store fails.
+    It is signed if the user has a key. Raises RegistryError if the values are no entry, the policy
+    would not let it count, or the store fails.
     """
     key = signing.own_key()
+    kind, of = (*folder.split("/")[2:], "")[:2]
+    signing.judge_own(model_of(folder), of if kind == "aliases" else None)
     for _ in range(_ATTEMPTS):
         numbers = _numbers(store, folder)
         before = [read(store, folder, number) for number in numbers]

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from registry import logs
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 _KEY = re.compile(
     r"models/(?P<name>[^/]+)/(?:versions/(?P<version>[0-9]{8})"
-    r"|(?P<log>states/[0-9]{8}|aliases/[^/]+)/(?P<number>[0-9]{8}))\.json"
+    r"|(?P<log>(?:states|cards)/[0-9]{8}|aliases/[^/]+|events)/(?P<number>[0-9]{8}))\.json"
 )
 _READERS = 16
 
@@ -48,37 +48,60 @@ class Model:
         return [alias for alias, entry in self.aliases.items() if entry.version == version]
 
 
-def models(store: Store, name: str | None = None) -> list[Model]:
-    """Those that have a version, by name; one listing, and a read for each log.
+@dataclass
+class Listing:
+    """What the keys of a model say."""
 
-    Raises RegistryError if the store fails or a log cannot be read.
-    """
-    versions: dict[str, list[int]] = defaultdict(list)
-    newest: dict[str, dict[str, int]] = defaultdict(dict)
+    versions: list[int] = field(default_factory=list)
+    """All that were ever given, in order."""
+    logs: dict[str, list[int]] = field(default_factory=dict)
+    """For each log, such as `aliases/prod`, the numbers of its entries in order."""
+
+
+def listings(store: Store, name: str | None = None) -> dict[str, Listing]:
+    """Of all models that ever had a version, or of one, by name; one listing and no read."""
+    found: dict[str, Listing] = defaultdict(Listing)
     for entry in store.entries(f"models/{name}/" if name else "models/"):
         match = _KEY.fullmatch(entry.key)
         if match is None or not re.fullmatch(NAME_PATTERN, match["name"]):
             continue
+        listing = found[match["name"]]
         if match["version"]:
-            versions[match["name"]].append(int(match["version"]))
+            listing.versions.append(int(match["version"]))
         else:
-            log, number = match["log"], int(match["number"])
-            newest[match["name"]][log] = max(number, newest[match["name"]].get(log, 0))
+            listing.logs.setdefault(match["log"], []).append(int(match["number"]))
+    for listing in found.values():
+        for numbers in (listing.versions, *listing.logs.values()):
+            numbers.sort()
+    return {model: found[model] for model in sorted(found) if found[model].versions}
+
+
+def models(store: Store, name: str | None = None) -> list[Model]:
+    """Those that ever had a version, by name; one listing, and a read for each log.
+
+    What was done to versions counts if the policy lets it. Raises RegistryError if the store fails
+    or a log cannot be read.
+    """
+    found = listings(store, name)
     wanted = [
-        (model, log, number) for model in versions for log, number in sorted(newest[model].items())
+        (model, log, numbers)
+        for model, listing in found.items()
+        for log, numbers in listing.logs.items()
+        if log.startswith(("states/", "aliases/"))
     ]
+
+    def one(place: tuple[str, str, list[int]]) -> LogEntry | None:
+        model, log, numbers = place
+        folder = f"models/{model}/{log}"
+        if log.startswith("states/"):
+            return logs.newest(store, folder, numbers)
+        return logs.read(store, folder, numbers[-1])
+
     entries: dict[str, dict[str, LogEntry]] = defaultdict(dict)
-    for (model, log, _), found in zip(wanted, _read(store, wanted), strict=True):
-        entries[model][log] = found
-    return [_model(model, versions[model], entries[model]) for model in sorted(versions)]
-
-
-def _read(store: Store, wanted: Sequence[tuple[str, str, int]]) -> list[LogEntry]:
-    def one(place: tuple[str, str, int]) -> LogEntry:
-        model, log, number = place
-        return logs.read(store, f"models/{model}/{log}", number)
-
-    return in_parallel(one, wanted)
+    for (model, log, _), entry in zip(wanted, in_parallel(one, wanted), strict=True):
+        if entry is not None:
+            entries[model][log] = entry
+    return [_model(model, listing.versions, entries[model]) for model, listing in found.items()]
 
 
 def in_parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

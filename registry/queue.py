@@ -1,17 +1,19 @@
 """Pushes that are written down before they are made: to send later, or once more.
 
 Each has a random id that becomes the manifest's `push_id`, so that one which was interrupted after
-it was published is not published twice.
+it was published is not published twice; and a lock, so that two processes do not send it at once.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from registry.files import written_beside
 from registry.references import check_name
 from registry.store import Progress, silent
 
-_DOCUMENT, _BEGUN = "push.json", "push.begun"
+_DOCUMENT, _BEGUN, _LOCK = "push.json", "push.begun", "push.lock"
+_DONE = ".done"
+"""Ends the name of a folder that is no push any more, and has to go."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,12 @@ class Push:
     samples: tuple[str, ...] = ()
     card: str | None = None
     push_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    address: str = ""
+    """Where the location was when the push was written down: two folders, or two servers, can be
+    named alike."""
 
 
-def add(location: str, name: str, file: Path, samples: Sequence[Path], **facts: Any) -> Path:
+def add(registry: Registry, name: str, file: Path, samples: Sequence[Path], **facts: Any) -> Path:
     """Keep copies of the files and what is to be said about them; returns the push's folder.
 
     `facts` are further fields of a Push. Raises RegistryError if the push could never be taken, or
@@ -52,7 +59,8 @@ def add(location: str, name: str, file: Path, samples: Sequence[Path], **facts: 
 
     check_name(name)
     copies = [f"{number}-{sample.name}" for number, sample in enumerate(samples)]
-    push = Push(location, name, file.name, samples=tuple(copies), **facts)
+    address = registry.store.address
+    push = Push(registry.location, name, file.name, samples=tuple(copies), address=address, **facts)
     draft(name, file, push.metrics, push.metadata, push.evaluation, samples, push.card, None)
     queue = _queue()
     folder = queue / f"{time.time_ns():020d}-{push.push_id[:8]}"
@@ -66,10 +74,20 @@ def add(location: str, name: str, file: Path, samples: Sequence[Path], **facts: 
     return folder
 
 
-def waiting(location: str) -> list[Path]:
-    """The folders of the pushes that wait for a registry, oldest first."""
-    found = sorted(path.parent for path in _queue().glob(f"[0-9]*/{_DOCUMENT}"))
-    return [folder for folder in found if read(folder).location == location]
+def waiting(registry: Registry | None = None) -> list[tuple[Path, Push | None]]:
+    """The folders of the pushes that wait for a registry, or for any, oldest first, and what is
+    written down there. None, for whichever registry, is what cannot be read: `read` says why."""
+    found: list[tuple[Path, Push | None]] = []
+    for folder in sorted(path.parent for path in _queue().glob(f"[0-9]*/{_DOCUMENT}")):
+        try:
+            push = read(folder)
+        except RegistryError:
+            if is_written(folder):  # or another process has just sent it
+                found.append((folder, None))
+            continue
+        if registry is None or push.address == registry.store.address:
+            found.append((folder, push))
+    return found
 
 
 def write(folder: Path, push: Push) -> None:
@@ -94,11 +112,36 @@ def read(folder: Path) -> Push:
         raise RegistryError(f"{folder} holds no push of this program; move it away") from error
 
 
+def deliver(registry: Registry, folder: Path, progress: Progress = silent) -> Manifest | None:
+    """Make a push that waits and forget it; None if another process did so in the meantime.
+
+    Raises RegistryError as Registry.push does; it waits on then.
+    """
+    with _locked(folder) as there:
+        if not there:
+            return None
+        manifest = _send(registry, folder, progress)
+        _forget(folder)
+    return manifest
+
+
+def drop(folder: Path) -> None:
+    """Forget a push that waits. Raises RegistryError."""
+    with _locked(folder) as there:
+        if there:
+            _forget(folder)
+
+
 def send(registry: Registry, folder: Path, progress: Progress = silent) -> Manifest:
     """Make the push that is written down there, unless it was made before.
 
     Raises RegistryError as Registry.push does.
     """
+    with _locked(folder):
+        return _send(registry, folder, progress)
+
+
+def _send(registry: Registry, folder: Path, progress: Progress) -> Manifest:
     push, begun = read(folder), folder / _BEGUN
     found = _published(registry, push) if begun.exists() else None
     if found is not None:
@@ -116,6 +159,31 @@ def send(registry: Registry, folder: Path, progress: Progress = silent) -> Manif
         push_id=push.push_id,
         progress=progress,
     )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Be the only one at a push, and say whether it is still there; waits for who sends it."""
+    with os_errors(f"lock the push {folder}"):
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            yield False
+            return
+    try:
+        with os_errors(f"lock the push {folder}"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield is_written(folder)
+    finally:
+        os.close(lock)
+
+
+def _forget(folder: Path) -> None:
+    """Take a push away in one step: of one half removed, nobody could tell whether it was made."""
+    with os_errors(f"remove from the queue {folder}"):
+        os.replace(folder, folder.with_name(f".{folder.name}{_DONE}"))
+    for done in folder.parent.glob(f".*{_DONE}"):  # also what a killed process has left
+        shutil.rmtree(done, ignore_errors=True)
 
 
 def _published(registry: Registry, push: Push) -> Manifest | None:

@@ -1,8 +1,8 @@
 """A registry's objects in a bucket.
 
-The one thing relied on is that a small object can be created unless it is there. Servers that do
-not offer it get the protocol of registry.claims. Nothing is read from user metadata, ETags or
-echoes, and no condition is put on anything but a single PUT: each fails on some server.
+The one thing relied on is that a small object can be created unless it is there; how, is for
+registry.creation to say. Nothing is read from user metadata, ETags or echoes, and no condition is
+put on anything but a single PUT: each fails on some server.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import json
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from registry.cache import Cache
 from registry.chunks import CHUNK_BYTES, Chunk, chunks_of, missing
 from registry.errors import RegistryError, os_errors
-from registry.s3_client import THREADS, Place, content_md5, make_client
+from registry.s3_client import ONCE, THREADS, Place, content_md5, make_client
 from registry.s3_errors import code_of, s3_errors, status_of
 from registry.settings import Settings
 from registry.store import MAX_DOCUMENT_BYTES, Entry, FolderStore, Progress, silent
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, HeadObjectOutputTypeDef
 
     from registry.manifest import FileEntry
 
@@ -51,9 +51,9 @@ class S3Store:
     verified = True
 
     def __init__(self, place: Place, cache: Cache, client: S3Client | None = None):
-        self.place = place
         self.cache = cache
-        self._client = client or make_client(place)
+        self._connected = client or make_client(place)
+        self.place = replace(place, server=self._connected.meta.endpoint_url)
         self._variants: dict[str, S3Client] = {}
         self._create: Callable[[str, bytes], bool] | None = None
         self._settings = Settings()
@@ -64,7 +64,28 @@ class S3Store:
     def location(self) -> str:
         return self.place.location
 
+    @property
+    def address(self) -> str:
+        return self.place.words
+
+    @property
+    def _client(self) -> S3Client:
+        """What every request goes through. Raises RegistryError offline."""
+        if self.cache.offline:
+            raise RegistryError(
+                f"this needs the server of {self.location}, which is not asked offline; leave "
+                "--offline (LORA_REGISTRY_OFFLINE) out, or queue a push with push --later"
+            )
+        return self._connected
+
+    def settle(self, settings: Settings) -> Settings:
+        from registry.creation import probed
+
+        return settings.model_copy(update={"creation": probed(self).way})
+
     def use(self, settings: Settings) -> None:
+        if settings.creation != self._settings.creation:
+            self._create = None
         self._settings = settings
         self._cached = self.cache.documents(self.place.words, settings.id)
 
@@ -106,13 +127,19 @@ class S3Store:
                     yield Entry(key, item["Size"], item["LastModified"])
 
     def read(self, key: str, fresh: bool = False) -> bytes | None:
-        """See Store. What is under models/ never changes, and is kept."""
+        """See Store. What is under models/ never changes, and is kept.
+
+        Offline, what is not in the cache is an error, for nobody knows whether it is there.
+        """
         path, lasting = self._kept_at(key), key != "registry.json" and not fresh
         if path is not None and (self.cache.offline or lasting):
             with os_errors("read the cache"), contextlib.suppress(FileNotFoundError):
                 return path.read_bytes()
         if self.cache.offline:
-            return None
+            raise RegistryError(
+                f"{'nothing' if key == 'registry.json' else key} of {self.place.words} is in the "
+                f"cache {self.cache.folder}; ask for it once without --offline"
+            )
         data = self._get(key)
         if path is not None and data is not None:
             with os_errors(f"write to the cache {self.cache.folder}"):
@@ -164,11 +191,10 @@ class S3Store:
         raise AssertionError
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        self._ask_nobody_offline()
         if self._create is None:
             from registry.creation import creation
 
-            self._create = creation(self)
+            self._create = creation(self, self._settings.creation)
         return self._create(key, data)
 
     def put_blob(
@@ -179,9 +205,8 @@ class S3Store:
         progress: Progress = silent,
         anew: bool = False,
     ) -> None:
-        self._ask_nobody_offline()
         with self.errors("write objects"):
-            if entry.size > _CHEAP_BYTES and not anew and self.size(key) == entry.size:
+            if entry.size > _CHEAP_BYTES and not anew and self._is_whole(key, entry):
                 progress(entry.size)
                 return
             if entry.size <= CHUNK_BYTES:
@@ -199,6 +224,19 @@ class S3Store:
                 f"{self.place.words}: {key} has {stored} bytes after {entry.size} were sent, so "
                 "the server damages what it gets; use another one"
             )
+
+    def _is_whole(self, key: str, entry: FileEntry) -> bool:
+        """Is the file there? Its bytes are read back: a size says nothing of damage, and an ETag
+        only what they once were. So a push again repairs, as it says where damage is met."""
+        digests = entry.chunks or (entry.sha256,)
+
+        def equal(chunk: Chunk) -> bool:
+            data = self._range(key, chunk)
+            return data is not None and hashlib.sha256(data).hexdigest() == digests[chunk.number]
+
+        return self.size(key) == entry.size and all(
+            _all_at_once(equal, list(chunks_of(entry.size)))
+        )
 
     def blob_file(self, key: str, entry: FileEntry, progress: Progress = silent) -> Path | None:
         """See Store: from the cache, to which it is fetched if need be."""
@@ -234,7 +272,7 @@ class S3Store:
             )
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
 
-    def probe(self) -> dict[str, str]:
+    def probe(self) -> dict[str, Any]:
         from registry.creation import probe_anew
 
         found = probe_anew(self)
@@ -243,8 +281,48 @@ class S3Store:
             "claims": "claim, list, write: slower, and safe as long as a listing shows what was "
             "written",
         }.get(found.way, f"created by a PUT with {found.way}")
-        tried = "; ".join(f"{name}: {verdict}" for name, verdict in found.found.items())
-        return {"server": self.place.words, "versions": way, "tried": tried}
+        return {"server": self.place.server, "versions": way, "tried": found.found}
+
+    def leftovers(self, before: datetime, remove: bool) -> list[Entry]:
+        """See Store: uploads that nobody goes on with, and keys of probes and claims."""
+        found = [
+            entry
+            for folder in ("probe/", "claims/")
+            for entry in self.entries(folder)
+            if entry.modified < before
+        ]
+        for entry in found if remove else ():
+            self.delete(entry.key)
+        if remove:
+            self.cache.tidy(before)
+        return found + self._abandoned(before, remove)
+
+    def _abandoned(self, before: datetime, remove: bool) -> list[Entry]:
+        """The uploads in parts that were begun before a time. Those of a server that does not list
+        them are for it to remove."""
+        from botocore.exceptions import ClientError
+
+        bucket, found = self.place.bucket, []
+        with self.errors("list and abort uploads"):
+            try:
+                pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                    Bucket=bucket, Prefix=self._key("blobs/")
+                )
+                uploads = [upload for page in pages for upload in page.get("Uploads", ())]
+            except ClientError as error:
+                if status_of(error) not in (405, 501):
+                    raise
+                return []
+            for upload in uploads:
+                if upload["Initiated"] >= before:
+                    continue
+                key = upload["Key"][len(self.place.prefix) :]
+                found.append(Entry(f"upload of {key}", 0, upload["Initiated"]))
+                if remove:
+                    self._client.abort_multipart_upload(
+                        Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+        return found
 
     def put(self, key: str, data: bytes, **conditions: str) -> None:
         """Write a small object, whatever is there. Raises botocore's errors."""
@@ -257,10 +335,10 @@ class S3Store:
     def put_once(self, key: str, data: bytes, **conditions: str) -> None:
         """The same as `put`, tried once, so that it does not happen later. Raises botocore's
         errors."""
-        self._put(self._variant(""), key, data, conditions)
+        self._put(self._variant(ONCE), key, data, conditions)
 
     def _put(self, client: S3Client, key: str, data: bytes, conditions: dict[str, str]) -> None:
-        answer = client.put_object(
+        client.put_object(
             Bucket=self.place.bucket,
             Key=self._key(key),
             Body=data,
@@ -268,8 +346,7 @@ class S3Store:
             **conditions,  # type: ignore[arg-type]
             **self._protection(key),
         )
-        self._check_encrypted(key, answer.get("ServerSideEncryption"))
-        self._check_locked(key)
+        self._check_protected(key)
 
     def _protection(self, key: str) -> dict[str, Any]:
         """What a PUT asks for: encryption and lock."""
@@ -288,14 +365,6 @@ class S3Store:
             asked["ObjectLockRetainUntilDate"] = until
         return asked
 
-    def _check_encrypted(self, key: str, said: str | None) -> None:
-        asked = self._protection(key).get("ServerSideEncryption")
-        if asked and said != asked:
-            raise RegistryError(
-                f"{self.place.words}: {key} was to be encrypted with {asked}, and the server does "
-                f"{said or 'nothing'}; set up its keys, or use another one"
-            )
-
     def _variant(self, header: str) -> S3Client:
         """A client that does not try again, or one that sends a header with each PUT."""
         if header not in self._variants:
@@ -304,8 +373,7 @@ class S3Store:
 
     def _put_parts(self, key: str, source: Path, entry: FileEntry, progress: Progress) -> None:
         """In parts, several at once; an upload that was cut off goes on with those it lacks."""
-        record = self.cache.upload_record(f"{self.place.words}/{key}")
-        upload_id, stored = self._begun(key, record)
+        upload_id, stored = self._begun(key)
         wanted = list(chunks_of(entry.size))
 
         def send(chunk: Chunk) -> tuple[int, str]:
@@ -334,28 +402,34 @@ class S3Store:
             UploadId=upload_id,
             MultipartUpload={"Parts": [{"PartNumber": n, "ETag": etag} for n, etag in parts]},
         )
-        self._check_locked(key)
-        record.unlink(missing_ok=True)
+        self._check_protected(key)
+        self.cache.note_upload(self._upload(key), None)
 
-    def _begun(self, key: str, record: Path) -> tuple[str, dict[int, str]]:
+    def _upload(self, key: str) -> str:
+        """What the cache knows an upload by."""
+        return f"{self.place.words}/{key}"
+
+    def _begun(self, key: str) -> tuple[str, dict[int, str]]:
         """An upload to go on with and the ETags of its parts, or a new one."""
         from botocore.exceptions import ClientError
 
         bucket, name = self.place.bucket, self._key(key)
-        with contextlib.suppress(FileNotFoundError, ValueError, ClientError):
-            upload_id = str(json.loads(record.read_text(encoding="utf-8")))
-            pages = self._client.get_paginator("list_parts").paginate(
-                Bucket=bucket, Key=name, UploadId=upload_id
-            )
-            parts = [part for page in pages for part in page.get("Parts", ())]
-            return upload_id, {part["PartNumber"]: part["ETag"] for part in parts}
+        upload_id = self.cache.upload(self._upload(key))
+        if upload_id is not None:
+            try:
+                pages = self._client.get_paginator("list_parts").paginate(
+                    Bucket=bucket, Key=name, UploadId=upload_id
+                )
+                parts = [part for page in pages for part in page.get("Parts", ())]
+                return upload_id, {part["PartNumber"]: part["ETag"] for part in parts}
+            except ClientError as error:
+                if status_of(error) != 404:  # it is perhaps there, and would be forgotten
+                    raise
         answer = self._client.create_multipart_upload(
             Bucket=bucket, Key=name, **self._protection(key)
         )
-        self._check_encrypted(key, answer.get("ServerSideEncryption"))
-        upload_id = answer["UploadId"]
-        record.write_text(json.dumps(upload_id), encoding="utf-8")
-        return upload_id, {}
+        self.cache.note_upload(self._upload(key), answer["UploadId"])
+        return answer["UploadId"], {}
 
     def _fetch(self, key: str, entry: FileEntry, path: Path, progress: Progress) -> bool:
         """Fill a file with a blob, in ranges, several at once; False if there is no such blob.
@@ -395,45 +469,63 @@ class S3Store:
 
     def size(self, key: str) -> int | None:
         """Bytes of an object, None if it is not there."""
+        found = self._head(key)
+        return None if found is None else found["ContentLength"]
+
+    def _head(self, key: str) -> HeadObjectOutputTypeDef | None:
         from botocore.exceptions import ClientError
 
         with self.errors("read objects"):
             try:
-                found = self._client.head_object(Bucket=self.place.bucket, Key=self._key(key))
+                return self._client.head_object(Bucket=self.place.bucket, Key=self._key(key))
             except ClientError as error:
                 if status_of(error) == 404:
                     return None
                 raise
-        return found["ContentLength"]
 
-    def _check_locked(self, key: str) -> None:
-        """Asked of the lock itself: some servers say of an object whatever was sent with it."""
+    def _check_protected(self, key: str) -> None:
+        """Asked of the object and its lock: some servers say yes to whatever was sent with it."""
         from botocore.exceptions import ClientError
 
-        lock, mode = self._settings.lock, None
-        if lock is None or not key.startswith(_PROTECTED):
-            return
-        with contextlib.suppress(ClientError):
-            found = self._client.get_object_retention(Bucket=self.place.bucket, Key=self._key(key))
-            mode = found.get("Retention", {}).get("Mode")
-        if mode != lock:
-            raise RegistryError(
-                f"{self.place.words}: {key} was to be locked ({lock}), and the server has not; "
-                "create the bucket with object lock"
-            )
-
-    def _ask_nobody_offline(self) -> None:
-        if self.cache.offline:
-            raise RegistryError(
-                f"{self.location} cannot be written offline; leave --offline out, or queue a push "
-                "with push --later"
-            )
+        asked = self._protection(key)
+        encryption, lock = asked.get("ServerSideEncryption"), asked.get("ObjectLockMode")
+        if encryption:
+            head = self._head(key)
+            said = head.get("ServerSideEncryption") if head else None
+            if said != encryption:
+                raise RegistryError(
+                    f"{self.place.words}: {key} was to be encrypted with {encryption}, and the "
+                    f"server does {said or 'nothing'}; set up its keys, or use another one"
+                )
+        if lock:
+            mode = None
+            with contextlib.suppress(ClientError):
+                found = self._client.get_object_retention(
+                    Bucket=self.place.bucket, Key=self._key(key)
+                )
+                mode = found.get("Retention", {}).get("Mode")
+            if mode != lock:
+                raise RegistryError(
+                    f"{self.place.words}: {key} was to be locked ({lock}), and the server has not; "
+                    "create the bucket with object lock"
+                )
 
     def _key(self, key: str) -> str:
         return f"{self.place.prefix}{key}"
 
     def errors(self, action: str) -> contextlib.AbstractContextManager[None]:
-        return s3_errors(self._client, self.place, action)
+        encryption, lock = self._settings.encryption, self._settings.lock
+        if action != "write objects" or not (encryption or lock):
+            return s3_errors(self._client, self.place, action)
+        asked, remedies = [], []
+        if encryption:
+            asked.append(f"encrypted with {encryption}")
+            remedies.append("set up the server's keys, or leave encryption out")
+        if lock:
+            asked.append(f"locked ({lock})")
+            remedies.append("create the bucket with object lock, or leave the lock out")
+        words = f"{action} {' and '.join(asked)}"
+        return s3_errors(self._client, self.place, words, "; ".join(remedies))
 
 
 def _all_at_once(work: Callable[[Chunk], T], chunks: list[Chunk]) -> list[T]:

@@ -48,17 +48,19 @@ def status_of(error: ClientError) -> int:
 
 
 @contextmanager
-def s3_errors(client: S3Client, place: Place, action: str) -> Iterator[None]:
+def s3_errors(client: S3Client, place: Place, action: str, remedy: str = "") -> Iterator[None]:
     """Turn what botocore raises in the block into a RegistryError.
 
-    `action` completes the words "no permission to ...".
+    `action` completes the words "no permission to ..."; `remedy` is what helps where the server
+    gives no reason.
     """
     from botocore import exceptions as raised
 
     try:
         yield
     except raised.ClientError as error:
-        raise RegistryError(f"{place.words}: {_sentence(client, place, action, error)}") from error
+        sentence = _sentence(client, place, action, remedy, error)
+        raise RegistryError(f"{place.words}: {sentence}") from error
     except (raised.NoCredentialsError, raised.PartialCredentialsError) as error:
         raise RegistryError(
             f"{place.words}: no credentials were found; put them into ~/.aws/credentials "
@@ -80,7 +82,7 @@ def s3_errors(client: S3Client, place: Place, action: str) -> Iterator[None]:
         ) from error
 
 
-def _sentence(client: S3Client, place: Place, action: str, error: ClientError) -> str:
+def _sentence(client: S3Client, place: Place, action: str, remedy: str, error: ClientError) -> str:
     from botocore.exceptions import ClientError
 
     code = code_of(error)
@@ -95,5 +97,7 @@ def _sentence(client: S3Client, place: Place, action: str, error: ClientError) -
     message = str(error.response.get("Error", {}).get("Message") or "").strip().rstrip(".")
     status = status_of(error)
     if status >= 500 or code == "SlowDown":
-        return f"cannot {action}: the server fails ({code or status}); try again later"
-    return f"cannot {action}: the server says {code or status}{f' ({message})' if message else ''}"
+        remedy = remedy or "try again later"
+        return f"cannot {action}: the server fails ({code or status}); {remedy}"
+    words = f" ({message})" if message else ""
+    return f"cannot {action}: the server says {code or status}{words}{remedy and f'; {remedy}'}"

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT_VERSION = 1
 
+Way = Literal["If-None-Match", "x-obs-forbid-overwrite", "x-oss-forbid-overwrite", "claims"]
+"""How an object in a bucket is created unless it is there; see registry.creation."""
+
 
 class Settings(BaseModel):
     """Written when the registry is made, and never again."""
@@ -27,3 +30,6 @@ class Settings(BaseModel):
     lock: Literal["GOVERNANCE", "COMPLIANCE"] | None = None
     """Mode of the object lock on every object."""
     lock_days: Annotated[int, Field(ge=1, le=36500)] | None = None
+    creation: Way | None = None
+    """How the server at which it was made creates what is not there; None in a folder. Whoever
+    writes does so in this way: two ways beside each other do not keep each other off."""

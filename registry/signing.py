@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import fnmatch
+import logging
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE, POLICY_VARIABLE = "LORA_REGISTRY_KEY", "LORA_REGISTRY_POLICY"
 _ALGORITHM = "ed25519"
+_log = logging.getLogger("lora-registry")
 _PUBLIC = r"^ed25519:[A-Za-z0-9+/]{43}=$"
 
 
@@ -172,7 +174,39 @@ def policy() -> Policy | None:
     Raises RegistryError if it cannot be read.
     """
     path = os.environ.get(POLICY_VARIABLE)
-    return read_policy(Path(path).expanduser()) if path else None
+    if not path:
+        return None
+    file = Path(path).expanduser()
+    with os_errors("read the policy"):
+        return _read_policy_once(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _read_policy_once(path: Path, _: int) -> Policy:
+    return read_policy(path)
+
+
+def judge(words: str, name: str, signature: str | None, alias: str | None = None) -> None:
+    """Hold a signature against the policy, if there is one: of a version of a model or what was
+    done to it, or of what an alias of it means.
+
+    `words` say what is signed. Raises RegistryError if the policy is enforced and forbids it.
+    """
+    found = policy()
+    if found is None or found.mode == "off":
+        return
+    problem = found.problem(name, signature, alias)
+    if problem and found.mode == "enforce":
+        raise RegistryError(f"{words} {problem}; see the policy {os.environ[POLICY_VARIABLE]}")
+    if problem:
+        _log.warning("warning: %s %s", words, problem)
+
+
+def judge_own(name: str, alias: str | None = None) -> None:
+    """The same for what is about to be written with one's own key."""
+    key = own_key()
+    words = f"what you publish as {name}@{alias}" if alias else f"what you publish as {name}"
+    judge(words, name, f"{key.public}:" if key else None, alias)
 
 
 def read_policy(path: Path) -> Policy:

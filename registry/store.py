@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
@@ -10,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from registry.errors import RegistryError, os_errors
-from registry.files import copy_hashing, written_beside
+from registry.files import copy_hashing, is_temporary, written_beside
 
 if TYPE_CHECKING:
     from registry.manifest import FileEntry
@@ -50,11 +51,18 @@ class Store(Protocol):
     def location(self) -> str:
         """How the user names the store."""
 
+    @property
+    def address(self) -> str:
+        """The same so that it means this store anywhere: an absolute path, or with the server."""
+
     verified: bool
     """Has a file of `blob_file` been compared with its digest?"""
 
     def names(self, prefix: str) -> list[str]:
         """The sorted names directly under ``prefix``; empty if there is nothing."""
+
+    def settle(self, settings: Settings) -> Settings:
+        """The settings of a registry that is to be made, with what the store has to say in it."""
 
     def use(self, settings: Settings) -> None:
         """Keep to the registry's settings from now on. Raises ``RegistryError`` if that cannot
@@ -67,7 +75,8 @@ class Store(Protocol):
     def read(self, key: str, fresh: bool = False) -> bytes | None:
         """A document, or ``None`` if it is not there; ``fresh`` is not from a cache.
 
-        Of an object that is larger than a document a byte too much is read.
+        Of an object that is larger than a document a byte too much is read. Raises
+        ``RegistryError`` if nobody may be asked, and it is not known from before.
         """
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
@@ -110,7 +119,11 @@ class Store(Protocol):
     def now(self) -> datetime:
         """The time by the store's clock."""
 
-    def probe(self) -> dict[str, str]:
+    def leftovers(self, before: datetime, remove: bool) -> list[Entry]:
+        """What writers that were killed have left, and was written before a time by the store's
+        clock; it is removed if so told. Nobody sees it otherwise, and it takes room."""
+
+    def probe(self) -> dict[str, Any]:
         """What the store was found to do, in words. Raises ``RegistryError`` if it cannot be
         written."""
 
@@ -131,6 +144,10 @@ class FolderStore:
     def location(self) -> str:
         return str(self.folder)
 
+    @property
+    def address(self) -> str:
+        return str(self.folder.resolve())
+
     def names(self, prefix: str) -> list[str]:
         with os_errors(f"list the registry {self.location}"):
             try:
@@ -138,6 +155,9 @@ class FolderStore:
             except FileNotFoundError:
                 return []
         return sorted(name for name in found if not name.startswith("."))
+
+    def settle(self, settings: Settings) -> Settings:
+        return settings
 
     def use(self, settings: Settings) -> None:
         if settings.encryption or settings.lock:
@@ -205,17 +225,23 @@ class FolderStore:
         return path if path.is_file() else None
 
     def entries(self, prefix: str) -> Iterator[Entry]:
+        yield from self._files(prefix, lambda name: not name.startswith("."))
+
+    def _files(self, prefix: str, wanted: Callable[[str], bool]) -> list[Entry]:
+        """The files whose key begins with the prefix and whose name is wanted, in the order of
+        keys."""
         with os_errors(f"list the registry {self.location}"):
             found, root = [], str(self.folder)
             for folder, _, names in os.walk(self.folder / prefix.rpartition("/")[0]):
                 above = folder[len(root) + 1 :].replace(os.sep, "/")
                 for name in names:
                     key = f"{above}/{name}" if above else name
-                    if key.startswith(prefix) and not name.startswith("."):
-                        state = os.stat(os.path.join(folder, name))
-                        modified = datetime.fromtimestamp(state.st_mtime, timezone.utc)
-                        found.append(Entry(key, state.st_size, modified))
-        yield from sorted(found, key=lambda entry: entry.key)
+                    if key.startswith(prefix) and wanted(name):
+                        with contextlib.suppress(FileNotFoundError):  # removed by another
+                            state = os.stat(os.path.join(folder, name))
+                            modified = datetime.fromtimestamp(state.st_mtime, timezone.utc)
+                            found.append(Entry(key, state.st_size, modified))
+        return sorted(found, key=lambda entry: entry.key)
 
     def digest(self, key: str) -> str | None:
         from weights.files import sha256
@@ -237,7 +263,17 @@ class FolderStore:
         with os_errors(f"remove from the registry {self.location}"):
             (self.folder / key).unlink(missing_ok=True)
 
-    def probe(self) -> dict[str, str]:
+    def leftovers(self, before: datetime, remove: bool) -> list[Entry]:
+        found = [
+            entry
+            for entry in (*self._files("", is_temporary), *self.entries("probe/"))
+            if entry.modified < before
+        ]
+        for entry in found if remove else ():
+            self.delete(entry.key)
+        return found
+
+    def probe(self) -> dict[str, Any]:
         key = f"probe/{uuid.uuid4().hex}"
         try:
             if not self.put_if_absent(key, b"first") or self.put_if_absent(key, b"second"):
@@ -252,6 +288,6 @@ class FolderStore:
     def now(self) -> datetime:
         with (
             os_errors(f"write to the registry {self.location}"),
-            tempfile.NamedTemporaryFile(dir=self.folder, prefix=".clock-") as file,
+            tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", suffix=".tmp") as file,
         ):
             return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, timezone.utc)

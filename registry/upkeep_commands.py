@@ -280,11 +280,13 @@ def doctor(location: str | None, as_json: bool) -> None:
 
 
 def _report(registry: Any, as_json: bool) -> None:
-    facts = registry.store.probe()
+    facts = {"registry": registry.location, **registry.store.probe()}
     if as_json:
-        print_json({"registry": registry.location, **facts})
-    else:
-        click.echo(table([("registry", registry.location), *facts.items()]))
+        print_json(facts)
+        return
+    tried = facts.pop("tried", {})
+    rows = [*facts.items(), *((f"tried {way}", verdict) for way, verdict in tried.items())]
+    click.echo(table(rows))
 
 
 def _done(reference: str, words: str, entry: Any, as_json: bool) -> None:

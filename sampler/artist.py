@@ -9,12 +9,14 @@ import numpy as np
 
 from diffusion.config import ModelConfig
 from diffusion.pipeline import Pipeline, Settings, levels
-from diffusion.schedule import ALPHAS_CUMPROD, zero_terminal
+from diffusion.schedule import ALPHAS_CUMPROD, SIGMAS, sigmas, zero_terminal
 from sampler.picture import Picture, Used
 from weights.base import Base
 from weights.lora import Adapters
 
 _DTYPES = {"fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
+_SIGMAS = {False: SIGMAS, True: sigmas(zero_terminal(ALPHAS_CUMPROD))}
+"""Noise levels, of the ordinary schedule and the one with zero-terminal SNR."""
 
 
 class Artist:
@@ -29,12 +31,10 @@ class Artist:
         base: Base,
         adapters: Mapping[str, Adapters],
         *,
-        zero_terminal_snr: bool,
         apart: bool,
         precision: str,
     ):
-        alphas = zero_terminal(ALPHAS_CUMPROD) if zero_terminal_snr else ALPHAS_CUMPROD
-        self.pipeline = Pipeline.load(config, base, alphas, _DTYPES[precision])
+        self.pipeline = Pipeline.load(config, base, dtype=_DTYPES[precision])
         self.adapters = adapters
         self.apart = apart
         self._loras: tuple[Used, ...] = ()
@@ -48,6 +48,7 @@ class Artist:
         first = batch[0]
         if first.loras != self._loras:
             self._weigh(first.loras)
+        self.pipeline.sigmas = _SIGMAS[first.zero_terminal_snr]
         rows = [first] * first.batch
         for picture in batch:
             rows[picture.row] = picture

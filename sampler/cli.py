@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from registry.command_line import OneSentenceErrors
 from sampler.errors import SampleError
@@ -103,6 +104,8 @@ def main(**given: Any) -> int:
     """
     as_json, debug = given.pop("as_json"), given.pop("debug")
     try:
+        if given["again"]:
+            _check_alone(click.get_current_context())
         drawn, sheet = _draw(given)
     except input_errors() as error:
         if debug:
@@ -137,6 +140,23 @@ def main(**given: Any) -> int:
     return 0
 
 
+_WITH_AGAIN = {
+    *("again", "loras", "registry", "base", "out", "overwrite", "devices", "as_json", "debug"),
+}
+
+
+def _check_alone(context: click.Context) -> None:
+    """Raise SampleError for options that a picture which is drawn again does not listen to."""
+    told = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in _WITH_AGAIN
+        and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if told:
+        raise SampleError(f"--again takes everything from the picture; leave out {', '.join(told)}")
+
+
 def _draw(given: dict[str, Any]) -> tuple[list[Any], Path | None]:
     """Draw as the given say; what was drawn, and its sheet."""
     from sampler import sample
@@ -149,21 +169,16 @@ def _draw(given: dict[str, Any]) -> tuple[list[Any], Path | None]:
         **{key: given.pop(key) for key in list(given) if key in sample.Where.__dataclass_fields__}
     )
     if again:
-        if loras or prompts or prompt_file or axes or sheet:
-            raise SampleError(
-                "--again takes everything from the picture; leave out --lora, --prompt, --prompts, "
-                "--grid and --sheet"
-            )
-        return sample.draw_again(again, where), None
+        return sample.draw_again(again, where, loras), None
     if len(axes) > 2:
         raise SampleError(f"--grid is given {len(axes)} times; a sheet has two sides")
     if axes and given["compare"]:
         raise SampleError("--compare does not go with --grid; use --grid weight=0,1")
-    if not loras and where.base is None:
+    parsed = tuple(parse_axis(text) for text in axes)
+    if not loras and where.base is None and not any(axis.key == "lora" for axis in parsed):
         raise SampleError("nothing to draw with; name a LoRA with --lora, or a --base")
     if given["compare"] and not loras:
         raise SampleError("--compare needs a --lora to compare the base with")
-    parsed = tuple(parse_axis(text) for text in axes)
     if len({axis.key for axis in parsed}) < len(parsed):
         raise SampleError(f"--grid {parsed[0].key} is given twice; use two settings")
     lines = [*(parse(text, "--prompt") for text in prompts)]

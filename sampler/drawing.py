@@ -81,35 +81,45 @@ def _tokens() -> Callable[[Picture], int]:
 def _is_there(picture: Picture, path: Path, setup: Setup, overwrite: bool) -> bool:
     if not path.exists():
         return False
+    wanted = json.loads(json.dumps(record(picture, setup)))
     try:
-        same = read_record(path) == json.loads(json.dumps(record(picture, setup)))
+        found = read_record(path)
     except SampleError:
-        same = False
-    if not same and not overwrite:
+        found = None
+    if found == wanted:
+        return True
+    if not overwrite:
+        other = [key for key in wanted if (found or {}).get(key) != wanted[key]]
+        what = f" with another {' and '.join(other[:3])}" if found else ""
         raise SampleError(
-            f"{path}: there is another picture; choose another --out or add --overwrite"
+            f"{path}: there is another picture{what}; choose another --out or add --overwrite"
         )
-    return same
+    return False
+
+
+def use_device(device_target: str) -> None:
+    """Let MindSpore compile graphs, for this kind of device; to be said once in a process."""
+    os.environ.setdefault("GLOG_v", "3")
+    import mindspore as ms
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device(device_target)
 
 
 def draw(job: Job, tell: Tell, share: slice = slice(None)) -> None:
-    """Draw the batches of `share` in this process, and write each picture as soon as it is there.
+    """Draw the batches of `share` in this process, on the device that it uses, and write each
+    picture as soon as it is there.
 
     Raises WeightsError or ModelConfigError.
     """
     if not job.batches[share]:
         return
-    os.environ.setdefault("GLOG_v", "3")
-    import mindspore as ms
-
     from diffusion.config import load_model_config
     from sampler.artist import Artist
     from sampler.loras import Lora, read_adapters
     from weights.base import open_base
 
     setup = job.setup
-    ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_device(setup.device_target)
     base = open_base(setup.base)
     adapters = {
         digest: read_adapters(Lora(file, Path(file), digest, {}), base, job.ignore_unknown)
@@ -119,7 +129,6 @@ def draw(job: Job, tell: Tell, share: slice = slice(None)) -> None:
         load_model_config(setup.model),
         base,
         adapters,
-        zero_terminal_snr=setup.zero_terminal_snr,
         apart=setup.apart,
         precision=setup.precision,
     )

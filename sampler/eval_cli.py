@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import traceback
 from pathlib import Path
@@ -164,13 +165,16 @@ def _evaluate(given: dict[str, Any]) -> Any:
         **{key: given.pop(key) for key in list(given) if key in sample.Where.__dataclass_fields__}
     )
     against = evaluate.Against(real, training, inception, clip)
+    target = "CPU" if where.device_target == "auto" else where.device_target
     prompts = read(prompt_file) if prompt_file else []
     if pictures is not None:
         if loras:
             raise SampleError("--pictures are there already, so leave --lora out")
         texts = [prompt.text for prompt in prompts] or None
         found = evaluate.given_pictures(pictures, base_pictures, texts, given["per_prompt"])
-        return evaluate.evaluate(found, against, where.out, where.out / "features")
+        found = dataclasses.replace(found, device_target=target)
+        judge = evaluate.judge_of(against)
+        return evaluate.evaluate(found, judge, where.out, where.out / "features")
     if not loras:
         raise SampleError("nothing to score; name a LoRA with --lora, or --pictures")
     if base_pictures is not None:

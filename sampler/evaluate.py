@@ -6,18 +6,27 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sampler.drawing import passes
+from diffusion.prompts import emphasis
+from sampler.drawing import passes, use_device
 from sampler.errors import SampleError
-from sampler.judge import Judgement, Sides, on_clip, on_inception, on_plain_network
+from sampler.judge import (
+    Judgement,
+    Sides,
+    nearest_training,
+    on_clip_score,
+    on_cmmd,
+    on_inception,
+    on_plain_network,
+)
 from sampler.metrics import MetricsError
-from sampler.picture import read_record
+from sampler.picture import is_sheet, make_folder, read_record
 from sampler.plan import Panel
 from sampler.progress import shown
 from sampler.sample import Drawn, Request, Where, draw_tasks, plan, write_sheet
@@ -43,6 +52,20 @@ class Against:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Image files, and of each what it shows, where that is known."""
+
+    paths: tuple[Path, ...]
+    captions: tuple[str | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __add__(self, other: Images) -> Images:
+        return Images(self.paths + other.paths, self.captions + other.captions)
+
+
+@dataclass(frozen=True)
 class Pictures:
     """The pictures of a LoRA and of the base, of the same prompts and seeds, row by row."""
 
@@ -52,14 +75,15 @@ class Pictures:
     """Of each picture; None if nothing says them."""
     spec: Mapping[str, Any]
     """How they were drawn."""
+    device_target: str | None = None
+    """Where; None if not here."""
 
     @property
-    def groups(self) -> list[int] | None:
-        """Which pictures share a prompt."""
-        if self.prompts is None:
+    def groups(self) -> list[str] | None:
+        """Which pictures share a prompt; None if nothing says it, or all do."""
+        if self.prompts is None or len(set(self.prompts)) < 2:
             return None
-        known = {text: number for number, text in enumerate(dict.fromkeys(self.prompts))}
-        return [known[text] for text in self.prompts]
+        return self.prompts
 
 
 @dataclass
@@ -97,7 +121,7 @@ def draw_pictures(request: Request, where: Where) -> tuple[Pictures, Drawn]:
     setup = planned.setup
     spec = {
         "prompts": len(request.prompts),
-        "prompts_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        "prompts_sha256": _text_digest(lines),
         "images_per_prompt": request.per_prompt,
         "seed": request.seed,
         "steps": request.steps,
@@ -126,6 +150,7 @@ def draw_pictures(request: Request, where: Where) -> tuple[Pictures, Drawn]:
         [path for _, path in without],
         [panel.picture.prompt for panel in panels],
         spec,
+        setup.device_target,
     )
     return pictures, drawn
 
@@ -138,8 +163,8 @@ def given_pictures(
 
     Raises SampleError if the numbers do not match.
     """
-    lora = images_in(folder)
-    of_base = images_in(base) if base else None
+    lora = list(images_in(folder).paths)
+    of_base = list(images_in(base).paths) if base else None
     if of_base is not None and len(of_base) != len(lora):
         raise SampleError(
             f"{base} has {len(of_base)} pictures and {folder} has {len(lora)}; they are compared "
@@ -153,7 +178,12 @@ def given_pictures(
     texts = [text for text in prompts for _ in range(per_prompt)] if prompts is not None else None
     if texts is None:
         texts = _said_prompts(lora)
-    return Pictures(lora, of_base, texts, {"pictures_sha256": digest_of(lora)})
+    spec = {"prompts_sha256": _text_digest(texts)} if texts else {}
+    return Pictures(lora, of_base, texts, spec)
+
+
+def _text_digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _said_prompts(paths: Sequence[Path]) -> list[str] | None:
@@ -166,27 +196,53 @@ def _said_prompts(paths: Sequence[Path]) -> list[str] | None:
     return found
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder, by name. Raises SampleError if there are none."""
+def images_in(place: Path) -> Images:
+    """The images of a folder, by name, each with what the .txt beside it says; sheets and masks are
+    left out. Or those that a JSON file lists, as [{"file": …, "caption": …}]. Raises SampleError
+    if there are none."""
+    if place.suffix == ".json":
+        return _listed(place)
     from diffusion.images import EXTENSIONS
 
     try:
-        found = sorted(
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() in EXTENSIONS
-            and not path.name.startswith(".")
-            and not path.stem.endswith(".mask")
-        )
+        found = sorted(place.iterdir())
     except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        problem = "there is no such folder" if missing else error.strerror
+        raise SampleError(f"{place}: {problem}; name a folder of pictures") from error
+    paths = [
+        path
+        for path in found
+        if path.suffix.lower() in EXTENSIONS
+        and not path.name.startswith(".")
+        and not path.stem.endswith(".mask")
+        and not (path.suffix == ".png" and is_sheet(path))
+    ]
+    if not paths:
         raise SampleError(
-            f"{folder}: expected a folder of pictures, found {error.strerror}; check the path"
+            f"{place}: expected pictures ({', '.join(EXTENSIONS)}), found none; check the path"
+        )
+    return Images(tuple(paths), tuple(map(_caption, paths)))
+
+
+def _caption(path: Path) -> str | None:
+    try:
+        return " ".join(path.with_suffix(".txt").read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _listed(place: Path) -> Images:
+    try:
+        rows = json.loads(place.read_text(encoding="utf-8"))
+        found = [(Path(row["file"]), row.get("caption")) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SampleError(
+            f'{place}: expected a JSON list of {{"file": …, "caption": …}}; write it as one'
         ) from error
     if not found:
-        raise SampleError(
-            f"{folder}: expected pictures ({', '.join(EXTENSIONS)}), found none; check the path"
-        )
-    return found
+        raise SampleError(f"{place}: it lists no pictures; name some")
+    return Images(tuple(path for path, _ in found), tuple(text for _, text in found))
 
 
 def digest_of(paths: Sequence[Path]) -> str:
@@ -196,7 +252,39 @@ def digest_of(paths: Sequence[Path]) -> str:
     return hashlib.sha256("".join(sorted(sha256(path) for path in paths)).encode()).hexdigest()
 
 
-def evaluate(pictures: Pictures, against: Against, out: Path, cache: Path) -> Evaluated:
+@dataclass(frozen=True)
+class Judge:
+    """What pictures are compared with, read and looked at, and the networks to do it on."""
+
+    real: Images
+    training: Images | None
+    inception: Path | None
+    clip: Path | None
+
+
+def judge_of(against: Against) -> Judge:
+    """Look at everything that is compared with, before hours of drawing and not after.
+
+    Raises SampleError with what is missing or does not decode, WeightsError for files of weights
+    that are not what they should be.
+    """
+    from sampler import features
+
+    real = images_in(against.real)
+    if len(real) < 2:
+        raise SampleError(f"{against.real}: expected at least 2 real pictures, found {len(real)}")
+    training = None
+    for folder in against.training:
+        training = images_in(folder) if training is None else training + images_in(folder)
+    _check_readable([*real.paths, *(training.paths if training else ())])
+    if against.inception:
+        features.check_inception(against.inception)
+    if against.clip:
+        features.check_clip(against.clip)
+    return Judge(real, training, against.inception, against.clip)
+
+
+def evaluate(pictures: Pictures, judge: Judge, out: Path, cache: Path) -> Evaluated:
     """Score pictures, and write scores.json and evaluation.json into `out`.
 
     Features are kept in `cache`, by what they follow from. Raises SampleError, WeightsError.
@@ -204,76 +292,80 @@ def evaluate(pictures: Pictures, against: Against, out: Path, cache: Path) -> Ev
     from diffusion.images import DataError
 
     try:
-        return _evaluate(pictures, against, out, cache)
+        return _evaluate(pictures, judge, out, cache)
     except (DataError, MetricsError) as error:
         raise SampleError(str(error)) from error
 
 
-def _evaluate(pictures: Pictures, against: Against, out: Path, cache: Path) -> Evaluated:
+def _evaluate(pictures: Pictures, judge: Judge, out: Path, cache: Path) -> Evaluated:
     from sampler import features
+    from sampler.inception import PUBLISHED
 
-    real = images_in(against.real)
-    training = [path for folder in against.training for path in images_in(folder)] or None
-    _check_readable([*real, *(training or ())])
+    use_device("CPU" if pictures.device_target is None else pictures.device_target)
     judgement = Judgement()
-    networks: list[dict[str, Any]] = []
-    sets = {"real": real, "lora": pictures.lora, "base": pictures.base, "training": training}
-    groups = pictures.groups
-
-    def sides(extractor: Extractor, also_training: bool = False) -> Sides:
-        networks.append(extractor.identity())
-        found = {
-            name: _features(extractor, paths, cache)
-            for name, paths in sets.items()
-            if paths is not None and (also_training or name != "training")
-        }
-        return Sides(found["real"], found["lora"], found.get("base"), found.get("training"))
-
-    def name_of(side: str, row: int) -> str:
-        paths = sets[side]
-        return paths[row].name if paths else ""
-
-    lite = features.efficientnet()
-    on_plain_network(judgement, lite, sides(lite, True), groups, name_of)
-    if against.inception:
-        on_inception(judgement, sides(features.inception(against.inception)), groups)
-    if against.clip:
-        clip = features.clip(against.clip)
-        known = sides(clip)
-        scored = texts = None
-        if pictures.prompts is not None and clip.captions is not None:
-            from diffusion.prompts import emphasis
-
-            scored = sides(features.for_clip_score(clip))
-            plain = ["".join(text for text, _ in emphasis(one)) for one in pictures.prompts]
-            texts = clip.captions(plain)
-        on_clip(judgement, known, scored, texts, groups)
-    spec: dict[str, Any] = {
-        "metrics": [row.key for row in judgement.rows],
+    common = {
         **{key: value for key, value in pictures.spec.items() if value not in (None, "")},
         "pictures": len(pictures.lora),
-        "real": {"pictures": len(real), "sha256": digest_of(real)},
-        "networks": {
-            f"{one['key']}{f'_{n}' if n else ''}": {k: v for k, v in one.items() if k != "key"}
-            for n, one in _numbered(networks)
-        },
+        "real": {"pictures": len(judge.real), "sha256": digest_of(judge.real.paths)},
     }
-    if training:
-        spec["training"] = {"pictures": len(training), "sha256": digest_of(training)}
-    evaluated = Evaluated(judgement, {"pictures": spec}, out)
+    evaluation: dict[str, Any] = {}
+    groups = pictures.groups
+    alone = [f"\0{number}" for number in range(len(judge.real))]
+    shown_too = set(groups or ())
+    real_groups = [
+        text if text is not None and text in shown_too else own
+        for text, own in zip(judge.real.captions, alone, strict=True)
+    ]
+
+    def sides(extractor: Extractor, training: Images | None = None) -> Sides:
+        real, lora, base, trained_on = (
+            None if paths is None else _features(extractor, paths, cache)
+            for paths in (
+                judge.real.paths,
+                pictures.lora,
+                pictures.base,
+                training.paths if training else None,
+            )
+        )
+        assert real is not None and lora is not None
+        return Sides(real, None if groups is None else real_groups, lora, base, trained_on)
+
+    def measured(before: int, extractor: Extractor, **facts: Any) -> None:
+        """Say of the rows since `before` how they were measured."""
+        keys = [row.key for row in judgement.rows[before:]]
+        if keys:
+            network = {k: v for k, v in extractor.identity().items() if k != "key"}
+            evaluation[keys[0]] = {"metrics": keys, **common, "network": network, **facts}
+
+    lite = features.efficientnet()
+    seen = sides(lite, judge.training)
+    on_plain_network(judgement, lite, seen, groups)
+    measured(0, lite)
+    if judge.training is not None and len(judge.training) > 1:
+        before = len(judgement.rows)
+        names = [[path.name for path in paths] for paths in (pictures.lora, judge.training.paths)]
+        nearest_training(judgement, lite, seen, groups, *names)
+        digest = digest_of(judge.training.paths)
+        about = {"pictures": len(judge.training), "sha256": digest}
+        measured(before, lite, training=about)
+    if judge.inception:
+        before, inception = len(judgement.rows), features.inception(judge.inception)
+        published = any(inception.digest.startswith(prefix) for prefix, _ in PUBLISHED.values())
+        on_inception(judgement, inception, published, sides(inception), groups)
+        measured(before, inception)
+    if judge.clip:
+        before, clip = len(judgement.rows), features.clip(judge.clip)
+        on_cmmd(judgement, sides(clip), groups)
+        measured(before, clip)
+        if pictures.prompts is not None and clip.captions is not None:
+            before, scorer = len(judgement.rows), features.for_clip_score(clip)
+            plain = ["".join(text for text, _ in emphasis(one)) for one in pictures.prompts]
+            on_clip_score(judgement, sides(scorer), clip.captions(plain), groups)
+            measured(before, scorer)
+    evaluated = Evaluated(judgement, evaluation, out)
     _write(out / SCORES, judgement.as_metrics())
     _write(out / EVALUATION, evaluated.evaluation)
     return evaluated
-
-
-def _numbered(networks: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
-    """Each with how often its key has been there before."""
-    seen: dict[str, int] = {}
-    found = []
-    for one in networks:
-        found.append((seen.get(one["key"], 0), one))
-        seen[one["key"]] = seen.get(one["key"], 0) + 1
-    return found
 
 
 def _check_readable(paths: Sequence[Path]) -> None:
@@ -312,31 +404,25 @@ def _features(extractor: Extractor, paths: Sequence[Path], cache: Path) -> np.nd
             pixels = [read_whole(path) for path in paths[start : start + _AT_ONCE]]
             parts.append(extractor(pixels, progress))
     found = np.concatenate(parts)
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
     with atomic_path(file) as part, part.open("wb") as stream:
         np.save(stream, found, allow_pickle=False)
     return found
 
 
 def _write(path: Path, values: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_path(path) as part:
         part.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def evaluate_lora(
-    request: Request, where: Where, against: Against, drew: Callable[[], None] = lambda: None
-) -> Evaluated:
+def evaluate_lora(request: Request, where: Where, against: Against) -> Evaluated:
     """Draw, score, and put the first pictures on a sheet. Raises as its parts do."""
-    real = images_in(against.real)
-    if len(real) < 2:
-        raise SampleError(f"{against.real}: expected at least 2 real pictures, found {len(real)}")
+    judge = judge_of(against)
     pictures, drawn = draw_pictures(request, where)
-    drew()
     folder = pictures.lora[0].parent
-    evaluated = evaluate(pictures, against, folder, where.out / "features")
-    shown_panels = drawn.panels[: 2 * _ON_SHEET * request.per_prompt : 1]
-    sheet = folder / SHEET
-    write_sheet(replace(drawn, panels=shown_panels), sheet, True, False)
-    evaluated.sheet = sheet
+    evaluated = evaluate(pictures, judge, folder, where.out / "features")
+    evaluated.sheet = folder / SHEET
+    first = drawn.panels[: 2 * _ON_SHEET * request.per_prompt]
+    write_sheet(replace(drawn, panels=first), evaluated.sheet, True, False)
     return evaluated

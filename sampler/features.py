@@ -177,13 +177,9 @@ def efficientnet() -> Extractor:
     )
 
 
-def inception(path: str | os.PathLike[str]) -> Extractor:
-    """The Inception of FID, preprocessed as clean-fid does.
-
-    `path` is pytorch-fid's file, the same as safetensors, or MindONE's checkpoint. Raises
-    WeightsError if it is missing, not what its name says, damaged, or another network.
-    """
-    path = Path(path)
+def check_inception(path: Path) -> str:
+    """The digest of the Inception of FID. Raises WeightsError if it is missing, or not what its
+    name says."""
     published = [
         f"{name} (sha256 begins {prefix}; {where})"
         for name, (prefix, where) in fid_inception.PUBLISHED.items()
@@ -192,6 +188,23 @@ def inception(path: str | os.PathLike[str]) -> Extractor:
     expected, where = fid_inception.PUBLISHED.get(path.name, ("", ""))
     if not digest.startswith(expected):
         raise _mismatch(path, expected, digest, f"get it again from {where}")
+    return digest
+
+
+def check_clip(path: Path) -> str:
+    """The digest of a CLIP. Raises WeightsError if it is missing."""
+    published = "model.safetensors of https://huggingface.co/openai/clip-vit-large-patch14-336"
+    return _digest(path, "CLIP", f"{published} (CMMD), clip-vit-large-patch14 or -base-patch16")
+
+
+def inception(path: str | os.PathLike[str]) -> Extractor:
+    """The Inception of FID, preprocessed as clean-fid does.
+
+    `path` is pytorch-fid's file, the same as safetensors, or MindONE's checkpoint. Raises
+    WeightsError if it is missing, not what its name says, damaged, or another network.
+    """
+    path = Path(path)
+    digest = check_inception(path)
     size, mean, deviation = fid_inception.SIZE, fid_inception.MEAN, fid_inception.DEVIATION
     return Extractor(
         key="inception_v3_fid",
@@ -214,8 +227,7 @@ def clip(path: str | os.PathLike[str]) -> Extractor:
     WeightsError if it is missing, damaged, or not one of OpenAI's vision transformers.
     """
     path = Path(path)
-    published = "model.safetensors of https://huggingface.co/openai/clip-vit-large-patch14-336"
-    digest = _digest(path, "CLIP", f"{published} (CMMD), clip-vit-large-patch14 or -base-patch16")
+    digest = check_clip(path)
     model = clip_towers.load_clip(path)
     size = model.structure.size
     return Extractor(

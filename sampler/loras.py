@@ -97,6 +97,11 @@ def open_model(
             names = ", ".join(lora.reference for lora in loras) or "no LoRA"
             raise SampleError(f"{names}: nothing says where the base is; name it with --base")
         path = known[0]
+        if not os.path.exists(path):
+            raise SampleError(
+                f"{loras[0].reference} was trained on {path}, and nothing is there from here; say "
+                "with --base where it is"
+            )
     base = open_base(path)
     digest = combined_digest(base.digests())
     for lora in loras:

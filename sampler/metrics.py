@@ -265,8 +265,8 @@ def caution(metric: str, n_real: int, n_generated: int, score: Score | None = No
     """Why a score of so few pictures says little, in one sentence; None if it says something.
 
     `metric`: "fid", "kid", "cmmd", or "difference" for any difference between base and LoRA;
-    other names are of scores of single pictures. Count prompts if several pictures share one, and
-    `n_generated` twice where no real pictures take part.
+    other names are of scores that 0 does not matter to. Count prompts if several pictures share
+    one; give `n_generated` twice where no real pictures take part.
     """
     n = min(n_real, n_generated)
     if metric == "fid":
@@ -296,13 +296,9 @@ _MMD: Terms = {(0, 0): 1, (1, 1): 1, (0, 1): -2}
 _MMD_DIFFERENCE: Terms = {(2, 2): 1, (0, 2): -2, (1, 1): -1, (0, 1): 2}
 
 
-_NORMAL = NormalDist()
-_Z = _NORMAL.inv_cdf((1 + CONFIDENCE) / 2)
-
-
 def _cubic(product: Array) -> Array:
     moved = product + 1
-    cube: Array = moved * moved * moved  # ** 3 takes ten times as long
+    cube: Array = moved * moved * moved  # ** 3 takes five times as long
     return cube
 
 
@@ -353,8 +349,8 @@ def _unit_sums(
     A strip of the kernel matrix is in memory at a time; that of a side with itself is symmetric,
     and half of it is made.
     """
+    alone = x_units is y_units
     rows, columns = (np.argsort(own % size, kind="stable") for own in (x_units, y_units))
-    alone = x is y
     x_units, y_units, y = x_units[rows], y_units[columns], y[columns]
     sums: Array = np.zeros((size, size))
     for strip in _strips(len(x), len(y)):
@@ -418,6 +414,10 @@ def _decomposed(pairs: Array, kinds: Sequence[Array]) -> tuple[Array, Array]:
     if variance > 0:
         effects *= max(0.0, 1 - 2 * noise / variance) ** 0.5
     return effects, interactions
+
+
+_NORMAL = NormalDist()
+_Z = _NORMAL.inv_cdf((1 + CONFIDENCE) / 2)
 
 
 def _resampled(

@@ -13,6 +13,8 @@ from sampler.errors import SampleError
 
 RECORD = "lora-sample"
 """Text chunk of a PNG with everything that the picture follows from, as JSON."""
+SHEET_RECORD = "lora-sample-sheet"
+"""That of a sheet: which pictures are on it."""
 PARAMETERS = "parameters"
 """The same in the form that A1111's web UI writes, which many programs read."""
 
@@ -62,6 +64,8 @@ class Picture:
     spacing: str | None = None
     eta: float | None = None
     rescale: float = 0.0
+    zero_terminal_snr: bool = False
+    """Along the schedule whose last timestep is nothing but noise, as its LoRA was trained."""
     batch: int = 1
     """Pictures in one pass of the network, and which of them this is: with more than one, the last
     bits depend on it."""
@@ -76,7 +80,6 @@ class Setup:
     """Path of the base's weights."""
     base_digest: str
     model: str
-    zero_terminal_snr: bool
     apart: bool
     """LoRAs stay beside the weights, instead of being merged into them."""
     precision: str
@@ -118,6 +121,12 @@ def parameters(picture: Picture, setup: Setup) -> str:
         "Model hash": setup.base_digest[:10],
         "Model": Path(setup.base).stem,
     }
+    if picture.eta is not None:
+        facts["Eta"] = f"{picture.eta:g}"
+    if picture.spacing:
+        facts["Timestep spacing"] = picture.spacing
+    if picture.rescale:
+        facts["Guidance rescale"] = f"{picture.rescale:g}"
     if picture.loras:
         hashes = ", ".join(f"{used.name}: {used.sha256[:10]}" for used in picture.loras)
         facts["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)
@@ -139,9 +148,33 @@ def write(path: Path, pixels: Any, picture: Picture, setup: Setup) -> None:
     info = PngInfo()
     info.add_itxt(PARAMETERS, parameters(picture, setup))
     info.add_itxt(RECORD, json.dumps(record(picture, setup), ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_path(path) as part:
         Image.fromarray(pixels).save(part, format="PNG", pnginfo=info)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that pictures go to. Raises SampleError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SampleError(
+            f"{folder}: cannot make this folder ({error.strerror}); choose another --out"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SampleError(f"{folder}: there is no permission to write; choose another --out")
+
+
+def is_sheet(path: Path) -> bool:
+    """Is this a page of pictures that lora-sample or lora-eval has put together?"""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            return SHEET_RECORD in getattr(image, "text", {})
+    except (OSError, ValueError):
+        return False
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

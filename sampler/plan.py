@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,6 +13,7 @@ from sampler.picture import SOLVERS, SPACINGS, Picture, Used
 from sampler.prompt_file import Prompt
 
 LARGEST_SEED = 2**63 - 1
+LARGEST_SIDE = 4096
 _LONGEST_NAME = 40
 
 
@@ -66,12 +68,13 @@ _AXES: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "spacing": (_one_of(SPACINGS), f"one of {', '.join(SPACINGS)}"),
     "negative": (str, "text"),
     "prompt": (str, "text"),
-    "lora": (str, "NAME@VERSION or a file"),
+    "lora": (str, "NAME@VERSION[:WEIGHT] or a file"),
 }
 
 
 def parse_axis(text: str) -> Axis:
-    """`weight=0,0.5,1`: a setting and its values. Raises SampleError."""
+    """`weight=0,0.5,1`: a setting and its values; one with commas in it stands in double quotes.
+    Raises SampleError."""
     key, equals, rest = text.partition("=")
     key = key.strip()
     if key not in _AXES or not equals:
@@ -80,7 +83,8 @@ def parse_axis(text: str) -> Axis:
             "as --grid weight=0,0.5,1"
         )
     parse, expected = _AXES[key]
-    labels = tuple(part.strip() for part in rest.split(","))
+    (row,) = csv.reader([rest], skipinitialspace=True) if rest.strip() else [[""]]
+    labels = tuple(part.strip() for part in row)
     values = []
     for label in labels:
         try:
@@ -94,6 +98,10 @@ def parse_axis(text: str) -> Axis:
 
 def check_size(width: int, height: int, factor: int) -> None:
     """Raise SampleError unless both sides are multiples of what the networks halve them by."""
+    if max(width, height) > LARGEST_SIDE:
+        raise SampleError(
+            f"a picture of {width} × {height}: {LARGEST_SIDE} pixels a side is the most"
+        )
     if width % factor or height % factor or width <= 0 or height <= 0:
         near = [max(factor, round(side / factor) * factor) for side in (width, height)]
         raise SampleError(
@@ -114,21 +122,32 @@ def pictures(
 
     `plain` has the settings that a prompt does not give itself, and the seed of the first picture:
     each further one takes the next. `used` has the LoRAs that an axis names. With `compare` each
-    is also drawn by the base alone. Raises SampleError if there are seeds that are too large.
+    is also drawn by the base alone. Raises SampleError if there are seeds that are too large, or a
+    grid has nothing to vary.
     """
-    if any(axis.key == "prompt" for axis in axes):
-        prompts = prompts or [Prompt("")]
+    keys = {axis.key for axis in axes}
+    if "prompt" in keys:
+        if prompts:
+            raise SampleError("--grid prompt= takes the place of --prompt; leave that out")
+        prompts = [Prompt("")]
+    if "seed" in keys and per_prompt > 1:
+        raise SampleError("--grid seed= takes the place of --images-per-prompt; leave that out")
+    if "weight" in keys and not plain.loras and "lora" not in keys:
+        raise SampleError("--grid weight= needs a --lora whose weight it is")
     found: list[Panel] = []
     seed = plain.seed
     for prompt in prompts:
-        for _ in range(per_prompt):
+        for number in range(per_prompt):
             one = replace(plain, prompt=prompt.text, seed=seed, **_settings(prompt))
             if "seed" in prompt.settings:
-                one = replace(one, seed=prompt.settings["seed"] + _)
+                one = replace(one, seed=prompt.settings["seed"] + number)
             seed += 1
             if one.seed > LARGEST_SEED:
                 raise SampleError(f"the seed {one.seed} is above {LARGEST_SEED}; use a smaller one")
-            found += _cells(one, axes, compare, used, len(found))
+            title = one.prompt if per_prompt == 1 else f"{one.prompt} (seed {one.seed})"
+            if axes and "seed" not in keys:
+                title = f"{one.prompt}, seed {one.seed}" if one.prompt else f"seed {one.seed}"
+            found += _cells(one, title, axes, compare, used, len(found))
     return found
 
 
@@ -137,21 +156,26 @@ def _settings(prompt: Prompt) -> dict[str, Any]:
 
 
 def _cells(
-    one: Picture, axes: Sequence[Axis], compare: bool, used: Mapping[str, Used], first: int
+    one: Picture,
+    title: str,
+    axes: Sequence[Axis],
+    compare: bool,
+    used: Mapping[str, Used],
+    first: int,
 ) -> list[Panel]:
     """The pictures of one prompt and seed."""
-    title = one.prompt
     cells: list[tuple[Picture, str, str]] = [(one, _names(one.loras), title)]
     if axes:
         columns, rows = axes[0], axes[1] if len(axes) > 1 else None
         cells = []
         for row in range(len(rows.values) if rows else 1):
             for column in range(len(columns.values)):
-                picture = _varied(one, columns, column, used)
-                label = _names(one.loras)
-                if rows:
-                    picture = _varied(picture, rows, row, used)
-                    label = f"{rows.key} {rows.labels[row]}"
+                chosen = [(columns, column), *([(rows, row)] if rows else [])]
+                picture = one
+                # Which LoRA comes before how much of it.
+                for axis, number in sorted(chosen, key=lambda one: one[0].key != "lora"):
+                    picture = _varied(picture, axis, number, used)
+                label = f"{rows.key} {rows.labels[row]}" if rows else _names(one.loras)
                 cells.append((picture, label, f"{columns.key} {columns.labels[column]}"))
     found: list[Panel] = []
     for picture, row, column in cells:
@@ -168,7 +192,7 @@ def _varied(picture: Picture, axis: Axis, number: int, used: Mapping[str, Used])
         loras = tuple(replace(lora, weight=value) for lora in picture.loras)
         return replace(picture, loras=loras)
     if axis.key == "lora":
-        return replace(picture, loras=(used[value],))
+        return replace(picture, loras=(*picture.loras, used[value]))
     return replace(picture, **{axis.key: value})
 
 

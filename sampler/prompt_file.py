@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -30,6 +31,16 @@ class Prompt:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _listed(path: Path) -> list[Prompt]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
+        raise SampleError(f"{path}: expected a JSON list of prompts; write it as one")
+    return [Prompt(text) for text in found]
+
+
 def parse(line: str, where: str) -> Prompt:
     """`a fox --n blurry --w 512 --h 768 --s 30 --d 7 --l 7.5`: negative prompt, width, height,
     steps, seed and guidance scale. Raises SampleError, beginning with `where`."""
@@ -56,8 +67,10 @@ def parse(line: str, where: str) -> Prompt:
 
 def read(path: Path) -> list[Prompt]:
     """The prompts of a UTF-8 file, one a line; empty lines and lines that begin with # are left
-    out. Raises SampleError."""
+    out. A .json file is a list of prompts, which are taken as they are. Raises SampleError."""
     try:
+        if path.suffix == ".json":
+            return _listed(path)
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sampler.drawing import Task, draw, make_job, passes
+from registry.weight_tools import weighted
+from sampler.drawing import Task, draw, make_job, passes, use_device
 from sampler.errors import SampleError
 from sampler.loras import Lora, Model, find, open_model, read_adapters
-from sampler.picture import Picture, Setup, Used, from_record, read_record, record
+from sampler.picture import (
+    SHEET_RECORD,
+    Picture,
+    Setup,
+    Used,
+    from_record,
+    is_sheet,
+    make_folder,
+    read_record,
+    record,
+)
 from sampler.plan import Axis, Panel, check_size, pictures
 from sampler.progress import shown
 from sampler.prompt_file import Prompt
 
 if TYPE_CHECKING:
     from cluster.devices import Machine
-
-SHEET_RECORD = "lora-sample-sheet"
 
 
 @dataclass(frozen=True)
@@ -101,19 +111,28 @@ def plan(request: Request, where: Where) -> Drawn:
 
     Raises as `sample` does, for everything that can be seen before.
     """
-    named = [*(text for text, _ in request.loras)]
-    for axis in request.axes:
-        named += axis.values if axis.key == "lora" else ()
+    of_axis = {
+        value: weighted(value)
+        for axis in request.axes
+        if axis.key == "lora"
+        for value in axis.values
+    }
+    named = [text for text, _ in (*request.loras, *of_axis.values())]
     found = {text: find(text, where.registry) for text in dict.fromkeys(named)}
     model = open_model(list(found.values()), where.base, where.model, where.other_base)
-    setup = _setup(model, where, any(lora.zero_terminal_snr for lora in found.values()))
-    used = {text: Used(lora.reference, lora.sha256, 1.0) for text, lora in found.items()}
+    setup = _setup(model, where)
+
+    def use(text: str, weight: float) -> Used:
+        return Used(found[text].reference, found[text].sha256, weight)
+
+    used = {value: use(*parts) for value, parts in of_axis.items()}
+    zero_terminal = {lora.sha256 for lora in found.values() if lora.zero_terminal_snr}
     width, height = request.size or (model.config.resolution,) * 2
     plain = Picture(
         prompt="",
         negative=request.negative,
         seed=request.seed,
-        loras=tuple(replace(used[text], weight=weight) for text, weight in request.loras),
+        loras=tuple(use(*parts) for parts in request.loras),
         steps=request.steps,
         solver=request.solver,
         scale=request.scale,
@@ -125,12 +144,12 @@ def plan(request: Request, where: Where) -> Drawn:
         batch=request.batch,
     )
     panels = [
-        _with_spacing(panel, setup)
+        _with_schedule(panel, zero_terminal)
         for panel in pictures(
             plain, request.prompts, request.per_prompt, request.axes, request.compare, used
         )
     ]
-    factor = model.config.vae.factor * 2 ** (len(model.config.unet.block_out_channels) - 1)
+    factor = model.config.vae.factor
     for panel in panels:
         check_size(panel.picture.width, panel.picture.height, factor)
         _check_solver(panel.picture)
@@ -139,12 +158,16 @@ def plan(request: Request, where: Where) -> Drawn:
     return Drawn(panels, setup, where.out, {lora.reference: lora for lora in found.values()})
 
 
-def _with_spacing(panel: Panel, setup: Setup) -> Panel:
-    """After training with zero-terminal SNR the noisiest timestep has to be among those drawn."""
+def _with_schedule(panel: Panel, zero_terminal: set[str]) -> Panel:
+    """With a LoRA that was trained with zero-terminal SNR a picture is drawn along that schedule,
+    and the noisiest timestep has to be among those of the solver."""
     picture = panel.picture
-    if not setup.zero_terminal_snr or picture.spacing or picture.solver.endswith("karras"):
+    if not any(used.sha256 in zero_terminal for used in picture.loras):
         return panel
-    return replace(panel, picture=replace(picture, spacing="trailing"))
+    spacing = picture.spacing
+    if not picture.solver.endswith("karras"):
+        spacing = spacing or "trailing"
+    return replace(panel, picture=replace(picture, zero_terminal_snr=True, spacing=spacing))
 
 
 def _check_solver(picture: Picture) -> None:
@@ -155,19 +178,26 @@ def _check_solver(picture: Picture) -> None:
             f"{picture.solver} adds no noise; take --eta away, or use ddim or euler-a"
         )
     try:
-        noise_levels(picture.solver, picture.steps, spacing=picture.spacing)
+        levels = noise_levels(picture.solver, picture.steps, spacing=picture.spacing)
     except ValueError as error:
         raise SampleError(f"{error}; choose another --spacing, --steps or --solver") from error
+    if levels[0] < 0.5 * noise_levels("euler", 10)[0]:
+        raise SampleError(
+            f"{picture.solver} with {picture.steps} steps would begin where half the noise is "
+            "gone; use 500 steps or fewer, or --spacing trailing"
+        )
 
 
-def draw_again(paths: Sequence[Path], where: Where) -> list[Drawn]:
+def draw_again(paths: Sequence[Path], where: Where, places: Sequence[str] = ()) -> list[Drawn]:
     """Draw pictures once more, from what they say of themselves, into `where.out`; those with one
-    setup together.
+    setup together. Their LoRAs are also looked for in `places`, files or references.
 
     Raises as `sample` does, also if a LoRA or the base is not what it was.
     """
     groups: dict[str, tuple[Setup, list[Panel], dict[str, Lora]]] = {}
     models: dict[tuple[str, str], Model] = {}
+    moved = [find(place, where.registry) for place in places]
+    names: set[str] = set()
     for path in paths:
         values = read_record(path)
         if values is None:
@@ -186,10 +216,15 @@ def draw_again(paths: Sequence[Path], where: Where) -> list[Drawn]:
             )
         today = replace(setup, base=str(model.base.path), versions=_versions())
         _, panels, loras = groups.setdefault(json.dumps(asdict(today)), (today, [], {}))
-        panels.append(Panel(picture, path.name, "", "", ""))
+        name, number = path.name, 1
+        while name in names:
+            number += 1
+            name = f"{path.stem}-{number}{path.suffix}"
+        names.add(name)
+        panels.append(Panel(picture, name, "", "", ""))
         for used in picture.loras:
-            if used.reference not in loras:
-                loras[used.reference] = _as_it_was(used, where.registry, path)
+            if used.sha256 not in loras:
+                loras[used.sha256] = _as_it_was(used, moved, where.registry, path)
     drawn = []
     for setup, panels, loras in groups.values():
         found = Drawn(panels, setup, where.out)
@@ -200,12 +235,20 @@ def draw_again(paths: Sequence[Path], where: Where) -> list[Drawn]:
     return drawn
 
 
-def _as_it_was(used: Used, registry: str | None, path: Path) -> Lora:
+def _as_it_was(used: Used, moved: Sequence[Lora], registry: str | None, path: Path) -> Lora:
+    for lora in moved:
+        if lora.sha256 == used.sha256:
+            return lora
+    if not os.path.isfile(used.reference) and "@" not in used.reference:
+        raise SampleError(
+            f"{path} was drawn with {used.reference}, and there is no such file; say with --lora "
+            "where it is now"
+        )
     lora = find(used.reference, registry)
     if lora.sha256 != used.sha256:
         raise SampleError(
             f"{path} was drawn with {used.reference} of sha256 {used.sha256[:12]}…, and that now "
-            f"has {lora.sha256[:12]}…; put the former back"
+            f"has {lora.sha256[:12]}…; say with --lora where the former is"
         )
     return lora
 
@@ -226,6 +269,8 @@ def draw_tasks(
     )
     machine, device_ids = _devices(where, setup.device_target)
     bad: list[Path] = []
+    for folder in {path.parent for batch in job.batches for _, path in batch}:
+        make_folder(folder)
     with shown("pictures", job.count) as progress:
 
         def tell(path: Path, there: bool) -> None:
@@ -237,7 +282,8 @@ def draw_tasks(
             from sampler.spread import draw_together
 
             draw_together(job, tell, machine, device_ids[: len(job.batches)])
-        else:
+        elif job.batches:
+            use_device(setup.device_target)
             draw(job, tell)
     return bad
 
@@ -251,7 +297,7 @@ def _devices(where: Where, device_target: str) -> tuple[Machine, tuple[int, ...]
     return machine, parse_devices(where.devices, machine)
 
 
-def _setup(model: Model, where: Where, zero_terminal_snr: bool) -> Setup:
+def _setup(model: Model, where: Where) -> Setup:
     from cluster.devices import this_machine
 
     target = where.device_target
@@ -264,7 +310,6 @@ def _setup(model: Model, where: Where, zero_terminal_snr: bool) -> Setup:
         base=str(model.base.path),
         base_digest=model.digest,
         model=model.name,
-        zero_terminal_snr=zero_terminal_snr,
         apart=where.apart,
         precision=precision,
         device_target=target,
@@ -277,8 +322,8 @@ def _versions() -> dict[str, str]:
 
 
 def write_sheet(drawn: Drawn, path: Path, overwrite: bool, grid: bool) -> None:
-    """Put the pictures on one sheet. Raises SampleError if the file is there and is no sheet of
-    the same pictures, unless it may be overwritten; WeightsError if it cannot be written."""
+    """Put the pictures on one sheet. Raises SampleError if the file is there and is no sheet,
+    unless it may be overwritten; WeightsError if it cannot be written."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -286,7 +331,7 @@ def write_sheet(drawn: Drawn, path: Path, overwrite: bool, grid: bool) -> None:
     from weights.files import atomic_path
 
     said = json.dumps({"pictures": [panel.file for panel in drawn.panels]})
-    check_sheet(path, overwrite, said)
+    check_sheet(path, overwrite)
     bad = set(drawn.bad)
     shown = [
         (panel, None if (file := drawn.folder / panel.file) in bad else _pixels(file))
@@ -303,24 +348,14 @@ def write_sheet(drawn: Drawn, path: Path, overwrite: bool, grid: bool) -> None:
         page = contact_sheet(list(rows.items()), captions)
     info = PngInfo()
     info.add_itxt(SHEET_RECORD, said)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_path(path) as part:
         Image.Image.save(page, part, format="PNG", pnginfo=info, optimize=True)
 
 
-def check_sheet(path: Path, overwrite: bool, said: str | None = None) -> None:
-    """Raise SampleError if something else than the sheet with this record is at `path`."""
-    from PIL import Image
-
-    if overwrite or not path.exists():
-        return
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()
-            found = getattr(image, "text", {}).get(SHEET_RECORD)
-    except (OSError, ValueError):
-        found = None
-    if found is None or (said is not None and found != said):
+def check_sheet(path: Path, overwrite: bool) -> None:
+    """Raise SampleError if something else than a sheet is at `path`: sheets are made anew."""
+    if path.exists() and not overwrite and not is_sheet(path):
         raise SampleError(f"{path}: the file exists; choose another --sheet or add --overwrite")
 
 
@@ -346,8 +381,6 @@ def _blocks(shown: Sequence[tuple[Panel, Any]]) -> list[Any]:
         table = tuple(
             (row, tuple(pixels for panel, pixels in part if panel.row == row)) for row in rows
         )
-        panel = part[0][0]
-        title = f"{panel.block}, seed {panel.picture.seed}" if panel.block else ""
-        blocks.append(Block(title, tuple(columns), table))
+        blocks.append(Block(part[0][0].block, tuple(columns), table))
         start += size
     return blocks

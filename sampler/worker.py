@@ -19,12 +19,11 @@ def main() -> None:
     from mindspore.communication import get_group_size, get_rank, init
 
     from diffusion.config import ModelConfigError
-    from sampler.drawing import draw, from_json
+    from sampler.drawing import draw, from_json, use_device
     from weights.files import WeightsError
 
     job = from_json((folder / "job.json").read_text(encoding="utf-8"))
-    ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_device(job.setup.device_target)
+    use_device(job.setup.device_target)
     init()
     rank_id, world_size = get_rank(), get_group_size()
     with (folder / f"rank_{rank_id}.jsonl").open("a", encoding="utf-8") as said:

@@ -40,7 +40,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 WITHOUT_MINDSPORE = ("weights", "registry", "cluster", "launcher")
 WITH_MINDSPORE = ("diffusion", "trainer", "sampler")
 
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "resvg_py": "resvg-py"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "prometheus_client": "prometheus-client",
+    "yaml": "pyyaml",
+    "resvg_py": "resvg-py",
+}
 """Distributions whose name is not that of their package."""
 
 # Written so that this file does not match itself.

@@ -26,6 +26,7 @@ from trainer.journal import DivergedError, Journal
 from trainer.optimizer import learning_rate
 from trainer.plan import Plan
 from trainer.setup import Ready, batch_of, prepare, read_ahead
+from trainer.telemetry import Telemetry
 from trainer.validation import validation_losses
 from weights.files import WeightsError
 
@@ -45,6 +46,7 @@ def train(
     journal = Journal(plan, events, seconds)
     checkpoints = attempt.parent / "checkpoints"
     asked_to_stop = _termination()
+    telemetry = Telemetry(config.name, group.rank_id)
 
     def validate(done: int) -> Validation:
         with journal.apart("validating"), _averaged(ready, options.ema_decay):
@@ -79,7 +81,10 @@ def train(
             )
             begun = time.monotonic()
             try:
-                path = checkpoint.save(checkpoints, state, step.vectors(), config.keep_checkpoints)
+                with telemetry.timed("checkpoint"):
+                    path = checkpoint.save(
+                        checkpoints, state, step.vectors(), config.keep_checkpoints
+                    )
             except WeightsError as error:  # the disk is full: the next one may find room
                 events.emit("warning", step=done, text=f"no checkpoint of step {done}: {error}")
                 return False
@@ -100,7 +105,7 @@ def train(
         if scan.validation.examples:
             validation = validate(0)
         draw(0)
-    done, compiled = plan.start_step, set()
+    done, compiled, stepped = plan.start_step, set(), set()
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read_ahead, ready, scan, plan, group.rank_id, done)
         while done < plan.steps:
@@ -108,8 +113,9 @@ def train(
             measured = done % _OWN_STEPS == 0
             if measured:
                 journal.settle(0)
-            begun = time.monotonic()
-            batches = [batch_of(ready, part) for part in ahead.result()]
+            begun, own = time.monotonic(), None
+            with telemetry.timed("data"):
+                batches = [batch_of(ready, part) for part in ahead.result()]
             following = min(done + 1, plan.steps - 1)
             ahead = pool.submit(read_ahead, ready, scan, plan, group.rank_id, following)
             rate = learning_rate(
@@ -123,15 +129,25 @@ def train(
                     result.asnumpy()
                 journal.add(done, result, compiled=True)
                 compiled.add(shape)
+                events.emit("compiled", step=done + 1, seconds=time.monotonic() - begun)
             else:
                 gathered = step.accumulate(batches)
                 if measured:  # what follows waits for the slowest rank
                     gathered.asnumpy()
-                    events.beat(own=time.monotonic() - begun)
+                    own = time.monotonic() - begun
+                    events.beat(own=own)
+                    telemetry.took("own", own)
+                    telemetry.look()
                 journal.add(done, step.update(rate, decay, bool(asked_to_stop)))
             events.beat(mark=2 * done + 1)
             done += 1
+            if measured and own is not None:
+                journal.settle(0)
+                telemetry.took("others", time.monotonic() - begun - own)
             journal.settle(1)
+            if shape in stepped:
+                telemetry.took("step", time.monotonic() - begun)
+            stepped.add(shape)
             if _due(done, plan.validate_steps) or (
                 done == plan.steps and validation.before is not None
             ):

@@ -299,10 +299,10 @@ def test_what_is_published_is_scored_beside_the_base(two: Run) -> None:
     assert metrics[f"{key}_difference"] == pytest.approx(metrics[key] - metrics[f"{key}_base"])
     lower, upper = manifest["intervals"][key]
     assert lower < metrics[key] < upper
-    how = manifest["evaluation"]["pictures"]
-    assert key in how["metrics"]
+    how = manifest["evaluation"][key]
     assert (how["pictures"], how["steps"], how["real"]["pictures"]) == (3, 2, 40)
-    assert how["training"]["pictures"] == 200
+    near = manifest["evaluation"]["nearest_efficientnet_lite0"]
+    assert near["training"]["pictures"] == 200
     assert how["base_digest"] == two.result["base_digest"]
     assert metrics["validation_loss"] == two.result["validation_loss"]["lora"]
     assert any(file["path"].endswith("preview.png") for file in manifest["files"])

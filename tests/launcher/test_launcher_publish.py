@@ -199,8 +199,9 @@ def test_what_is_evaluated_follows_from_the_config(job: Job) -> None:
     config = job.config.model_copy(update={"evaluation": wanted})
     given = evaluation.arguments(dataclasses.replace(job, config=config), "lora.safetensors")
     assert f"--lora={job.attempt / 'lora.safetensors'}" in given
-    assert f"--real={config.data.validation}" in given
-    assert f"--train={config.data.train[0].folder}" in given
+    assert f"--real={job.attempt / 'real.json'}" in given
+    assert f"--train={job.attempt / 'training.json'}" in given
+    assert "--images-per-prompt=8" in given  # of two captions
     assert {"--steps=9", "--scale=2.0", "--clip=clip.safetensors", "--devices=0"} <= set(given)
     assert not any(word.startswith("--inception") for word in given)
     told = config.model_copy(update={"evaluation": EvaluationConfig(prompts="p.txt", real="r")})
@@ -208,23 +209,26 @@ def test_what_is_evaluated_follows_from_the_config(job: Job) -> None:
     assert {"--prompts=p.txt", "--real=r"} <= set(given)
 
 
-def test_captions_become_prompts_without_emphasis() -> None:
-    captions = ["a (big) fox", "", "an  owl\n", "a (big) fox", "third"]
-    assert evaluation.prompts_of(captions, 2) == ["a \\(big\\) fox", "an owl"]
+def test_captions_become_prompts_without_emphasis_or_options() -> None:
+    captions = ["a (big) fox --s 3", "#1", "a (big) fox --s 3", "third"]
+    assert evaluation.prompts_of(captions, 2) == ["a \\(big\\) fox --s 3", "#1"]
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "images", "reason"),
     [
-        ({"evaluation": None}, "`evaluation` is null"),
-        ({"train": "all"}, "not with `train: all`"),
-        ({"data": {"validation": None}}, "there is no `data.validation`"),
+        ({"evaluation": None}, 40, "`evaluation` is null"),
+        ({"train": "all"}, 40, "not with `train: all`"),
+        ({"data": {"validation": None}}, 0, "there is no `data.validation`"),
+        ({}, 1, "`data.validation` has 1 images"),
     ],
 )
-def test_why_nothing_is_evaluated(job: Job, change: dict[str, object], reason: str) -> None:
+def test_why_nothing_is_evaluated(
+    job: Job, change: dict[str, object], images: int, reason: str
+) -> None:
     values = {**job.config.model_dump(), "evaluation": {}}
     values |= {k: {**values[k], **v} if isinstance(v, dict) else v for k, v in change.items()}
-    problem = evaluation.problem(RunConfig.model_validate(values))
+    problem = evaluation.problem(RunConfig.model_validate(values), images)
     assert problem is not None
     assert reason in problem
 

@@ -28,7 +28,7 @@ BASE = Path(__file__).parents[2] / "assets" / "emoji-base"
         (["--lora", "x@1", "--grid", "wieght=1"], "--grid wieght=1: expected SETTING="),
         (["--lora", "x@1", "--grid", "steps=1", "--grid", "steps=2"], "use two settings"),
         (["--lora", "x@1", "--grid", "weight=0,1", "--compare"], "use --grid weight=0,1"),
-        (["--lora", "x@1", "--again", "a.png"], "--again takes everything from the picture"),
+        (["--again", "a.png"], "--again takes everything from the picture; leave out --prompt"),
         (["--lora", "x@1", "--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
     ],
 )
@@ -47,8 +47,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--base", str(BASE), "--prompt", "a", "--size", "60"], "use 64 × 64"),
-        (["--base", str(BASE), "--prompt", "a", "--prompt", "b --h 8"], "use 64 × 16"),
+        (["--base", str(BASE), "--prompt", "a", "--size", "62"], "use 64 × 64"),
+        (["--base", str(BASE), "--prompt", "a", "--prompt", "b --h 6"], "use 64 × 8"),
         (["--base", str(BASE)], "nothing says what to draw"),
         (["--base", str(BASE), "--prompt", "a", "--devices", "9999"], "--devices"),
         (["--base", str(BASE), "--prompt", "a", "--seed", str(2**63 - 1), "--prompt", "b"], "seed"),
@@ -67,6 +67,14 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
         ),
         (["--base", str(BASE), "--prompt", "a", "--solver", "euler", "--eta", "0.5"], "eta"),
         (["--again", "nowhere.png"], "there is no picture nowhere.png"),
+        (
+            ["--base", str(BASE), "--prompt", "a", "--solver", "ddim", "--steps", "600"],
+            "use 500 steps or fewer",
+        ),
+        (
+            ["--base", str(BASE), "--prompt", "a", "--grid", "weight=0,1"],
+            "needs a --lora whose weight",
+        ),
     ],
 )
 def test_what_the_base_cannot_draw(

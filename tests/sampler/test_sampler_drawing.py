@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,6 +91,30 @@ def test_again_is_the_same_to_the_byte(drawn: Drawn, tmp_path: Path) -> None:
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
+def test_again_with_a_lora_that_was_moved_and_names_that_are_the_same(
+    tiny: Tiny, drawn: Drawn, tmp_path: Path
+) -> None:
+    moved, place = tmp_path / "moved.safetensors", tmp_path / "copy"
+    lora = tmp_path / "lora.safetensors"
+    shutil.copy(tiny.lora, lora)
+    sample(request(lora, PROMPTS[0]), where(tiny, place))
+    (name,) = [path.name for path in place.glob("*.png")]
+    lora.rename(moved)
+    twice = [place / name, place / name]
+    with pytest.raises(SampleError, match="there is no such file; say with --lora"):
+        draw_again(twice, Where(tmp_path / "again"))
+    (again,) = draw_again(twice, Where(tmp_path / "again"), [str(moved)])
+    assert [panel.file for panel in again.panels] == [name, f"{name[:-4]}-2.png"]
+    for panel in again.panels:
+        assert (tmp_path / "again" / panel.file).read_bytes() == (place / name).read_bytes()
+
+
+def test_a_folder_that_cannot_be_made(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SampleError, match="cannot make this folder"):
+        sample(request(tiny.lora, "a fox"), where(tiny, tmp_path / "file" / "out"))
+
+
 def test_apart_and_in_a_batch_it_is_the_same_but_for_rounding(
     tiny: Tiny, drawn: Drawn, tmp_path: Path
 ) -> None:
@@ -112,7 +137,7 @@ def test_what_is_there_is_not_drawn_anew_and_other_pictures_are_kept(
     sample(request(tiny.lora, *PROMPTS, compare=True), same)
     new = {path: path.stat().st_mtime_ns for path in drawn.folder.glob("0*.png")}
     assert [path.name for path in new if new[path] != times[path]] == [files(drawn)[0]]
-    with pytest.raises(SampleError, match="there is another picture"):
+    with pytest.raises(SampleError, match="there is another picture with another steps"):
         sample(request(tiny.lora, *PROMPTS, compare=True, steps=3), same)
 
 
@@ -120,8 +145,10 @@ def test_a_sheet_shows_them_and_replaces_only_itself(drawn: Drawn, tmp_path: Pat
     sheet = tmp_path / "sheet.png"
     write_sheet(drawn, sheet, False, False)
     write_sheet(drawn, sheet, False, False)
+    write_sheet(replace(drawn, panels=drawn.panels[:2]), sheet, False, False)
+    other = drawn.folder / drawn.panels[0].file
     with pytest.raises(SampleError, match="the file exists"):
-        write_sheet(replace(drawn, panels=drawn.panels[:2]), sheet, False, False)
+        write_sheet(drawn, other, False, False)
     with Image.open(sheet) as image:
         assert np.asarray(image).std() > 10
 

@@ -18,7 +18,7 @@ from sampler.evaluate import digest_of, images_in
 from tests.sampler.tiny_base import Tiny
 
 PROMPTS = ("a fox", "an owl", "a (big:1.2) taco", "a bus", "a violin", "a penguin")
-KID = "kid_efficientnet_lite0"
+KID, NEAREST = "kid_efficientnet_lite0", "nearest_efficientnet_lite0"
 
 
 def picture(folder: Path, number: int, level: int = 0) -> Path:
@@ -97,12 +97,15 @@ def test_scores_of_lora_and_base_with_intervals(evaluated: dict[str, Any]) -> No
 def test_the_spec_says_how_it_was_measured(
     evaluated: dict[str, Any], place: Path, tiny: Tiny
 ) -> None:
-    spec = evaluated["evaluation"]["pictures"]
-    assert spec["metrics"] == [KID, "diversity_efficientnet_lite0", "nearest_efficientnet_lite0"]
+    spec, near = evaluated["evaluation"][KID], evaluated["evaluation"][NEAREST]
+    assert spec["metrics"] == [KID, "diversity_efficientnet_lite0"]
+    assert near["metrics"] == [NEAREST]
+    assert near["training"]["pictures"] == 12
+    assert "training" not in spec  # it does not change KID
     assert (spec["prompts"], spec["pictures"], spec["steps"], spec["seed"]) == (6, 6, 2, 0)
-    assert spec["real"] == {"pictures": 12, "sha256": digest_of(images_in(place / "real"))}
-    network = spec["networks"]["efficientnet_lite0"]
-    assert network["weights_sha256"].startswith("57934424")
+    digest = digest_of(images_in(place / "real").paths)
+    assert spec["real"] == {"pictures": 12, "sha256": digest}
+    assert spec["network"]["weights_sha256"].startswith("57934424")
     folder = Path(evaluated["folder"])
     assert json.loads((folder / "scores.json").read_text()) == evaluated["scores"]
     assert json.loads((folder / "evaluation.json").read_text()) == evaluated["evaluation"]
@@ -150,7 +153,7 @@ def test_real_pictures_against_real_ones_score_about_0(place: Path, tmp_path: Pa
     found = json.loads(result.stdout)
     score = found["scores"][KID]
     assert score["lower"] < 0 < score["upper"]
-    assert "prompts" not in found["evaluation"]["pictures"]
+    assert "prompts" not in found["evaluation"][KID]
 
 
 def test_a_copied_training_picture_is_found(place: Path, tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_the_table_for_people(evaluated: dict[str, Any], tiny: Tiny, place: Path
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--real", "NOWHERE"], "expected a folder of pictures, found No such file"),
+        (["--real", "NOWHERE"], "there is no such folder"),
         (["--real", "EMPTY"], "expected pictures (.png, "),
         (["--real", "BROKEN"], "bad.png: expected an image, found a file that does not decode"),
         (["--real", "ONE"], "expected at least 2 real pictures, found 1"),
@@ -187,7 +190,7 @@ def test_the_table_for_people(evaluated: dict[str, Any], tiny: Tiny, place: Path
         (["--lora", "nothing@1"], "no registry is named"),
         (["--pictures", "REAL"], "leave --lora out"),
         (["--base-pictures", "REAL"], "--base-pictures goes with --pictures"),
-        (["--size", "15"], "multiples of 4"),
+        (["--size", "15"], "multiples of 2"),
     ],
 )
 def test_what_is_refused(
@@ -216,6 +219,42 @@ def test_pictures_and_prompts_that_do_not_match(place: Path, tmp_path: Path) -> 
     result = run(*given, "--base-pictures", tmp_path / "base")
     assert "has 3 pictures and" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_one_prompt_count_once(tiny: Tiny, place: Path, tmp_path: Path) -> None:
+    """Three prompts, many pictures: what is said is of three, and so are the intervals."""
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(["a fox", "an owl", "a bus"]))
+    more = ["--prompts", prompts, "--images-per-prompt", 4, "--out", tmp_path / "out", "--json"]
+    result = run(*words(tiny, place), *more)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["evaluation"][KID]["pictures"] == 12
+    assert any("from 3 pictures" in text or "3 prompts" in text for text in found["cautions"])
+    assert len(found["cautions"]) == len(set(found["cautions"]))
+    folder = Path(found["folder"])
+    given = ["--pictures", folder, "--base-pictures", tmp_path / "out" / "base"]
+    again = run(*given, "--real", place / "real", "--out", tmp_path / "two", "--json")
+    assert again.exit_code == 0, again.output  # the sheet in there is no picture
+    assert json.loads(again.stdout)["scores"][KID] == found["scores"][KID]
+
+
+def test_one_prompt_is_scored_too(tiny: Tiny, place: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n")
+    more = ["--prompts", prompts, "--images-per-prompt", 3, "--out", tmp_path / "out", "--json"]
+    result = run(*words(tiny, place), *more)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_list_of_pictures_with_captions(place: Path, tmp_path: Path) -> None:
+    rows = [{"file": str(place / "real" / f"{n}.png"), "caption": "x"} for n in range(5)]
+    listed = tmp_path / "real.json"
+    listed.write_text(json.dumps(rows))
+    found = images_in(listed)
+    assert (len(found), found.captions[0]) == (5, "x")
+    listed.write_text("{}")
+    assert run("--pictures", place / "real", "--real", listed).exit_code == 2
 
 
 def test_a_lora_for_another_base(place: Path, tiny: Tiny) -> None:

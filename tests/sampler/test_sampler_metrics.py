@@ -464,8 +464,8 @@ def test_caution() -> None:
     assert "mostly bias" in (metrics.caution("fid", 5000, 100) or "")
     assert "partly bias" in (metrics.caution("fid", 5000, 5000) or "")
     assert metrics.caution("fid", 50_000, 50_000) is None
-    assert "rough guess" in (metrics.caution("clip", 12, 12, apart) or "")
+    assert "rough guess" in (metrics.caution("mean", 12, 12, apart) or "")
     assert metrics.caution("kid", 100, 100, apart) is None
     assert "this KID from 0" in (metrics.caution("kid", 100, 100, unsure) or "")
     assert "whether base or LoRA" in (metrics.caution("difference", 100, 100, unsure) or "")
-    assert metrics.caution("clip", 100, 100, unsure) is None
+    assert metrics.caution("mean", 100, 100, unsure) is None

@@ -22,7 +22,7 @@ from sampler.picture import (
 
 LORAS = (Used("ink@1", "ab" * 32, 0.7), Used("loras/x, y.safetensors", "cd" * 32, 1.0))
 PICTURE = Picture("ein Löwe\n<script>", "blurry", 5, LORAS, 20, "dpm++2m-karras", 4.5, 64, 96)
-SETUP = Setup("base/sd15", "ef" * 32, "sd15", False, False, "fp32", "CPU", {"mindspore": "2"})
+SETUP = Setup("base/sd15", "ef" * 32, "sd15", False, "fp32", "CPU", {"mindspore": "2"})
 PIXELS = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(96, 64, 3)
 
 

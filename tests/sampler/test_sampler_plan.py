@@ -83,6 +83,11 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SampleError, match="not UTF-8"):
         read(path)
+    path.with_suffix(".json").write_text('["a --s 3", "# b"]')
+    assert read(path.with_suffix(".json")) == [Prompt("a --s 3"), Prompt("# b")]
+    path.with_suffix(".json").write_text('{"a": 1}')
+    with pytest.raises(SampleError, match="expected a JSON list"):
+        read(path.with_suffix(".json"))
     path.write_text("a\nb --s x\n")
     with pytest.raises(SampleError, match="line 2: --s"):
         read(path)
@@ -102,7 +107,46 @@ def test_a_grid_has_a_picture_for_each_pair() -> None:
 def test_a_grid_of_versions_and_prompts() -> None:
     found = planned(grid=("lora=ink@2", "prompt=a fox,an owl"))
     assert [p.picture.prompt for p in found] == ["a fox", "an owl"]
-    assert found[0].picture.loras[0].reference == "ink@2"
+    assert [used.reference for used in found[0].picture.loras] == ["ink@1", "ink@2"]
+
+
+@pytest.mark.parametrize("grid", [("weight=0,1", "lora=ink@2"), ("lora=ink@2", "weight=0,1")])
+def test_a_grid_of_loras_and_weights(grid: tuple[str, str]) -> None:
+    found = pictures(
+        replace(PLAIN, loras=()),
+        [Prompt("a fox")],
+        1,
+        [parse_axis(text) for text in grid],
+        False,
+        {"ink@2": Used("ink@2", "cd" * 32, 0.5)},
+    )
+    assert [p.picture.loras[0].weight for p in found] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("grid", "prompts", "per_prompt", "loras", "said"),
+    [
+        ("prompt=a,b", ["c"], 1, (INK,), "takes the place of --prompt"),
+        ("seed=1,2", ["c"], 2, (INK,), "takes the place of --images-per-prompt"),
+        ("weight=0,1", ["c"], 1, (), "needs a --lora"),
+    ],
+)
+def test_a_grid_with_nothing_to_vary(
+    grid: str, prompts: list[str], per_prompt: int, loras: tuple[Used, ...], said: str
+) -> None:
+    with pytest.raises(SampleError, match=said):
+        pictures(
+            replace(PLAIN, loras=loras),
+            [Prompt(text) for text in prompts],
+            per_prompt,
+            [parse_axis(grid)],
+            False,
+            {},
+        )
+
+
+def test_values_with_commas_stand_in_quotes() -> None:
+    assert parse_axis('prompt="a fox, red", an owl').values == ("a fox, red", "an owl")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +161,8 @@ def test_sizes_fit_the_networks() -> None:
     check_size(64, 128, 16)
     with pytest.raises(SampleError, match=r"multiples of 16 .*; use 64 × 112"):
         check_size(60, 110, 16)
+    with pytest.raises(SampleError, match="4096 pixels a side is the most"):
+        check_size(8192, 64, 8)
 
 
 def test_passes_have_one_setting_and_lora_and_text_length() -> None:
