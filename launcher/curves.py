@@ -15,7 +15,7 @@ from html import escape
 MOST_POINTS = 1000
 """Of one curve."""
 _MOST_CROSSES = 100
-_Y_TICKS = 5
+_PIXELS_A_TICK = 45
 _TOP, _RIGHT, _BOTTOM = 12, 14, 44
 
 
@@ -153,7 +153,7 @@ def draw(chart: Chart) -> tuple[str, str]:
         start, end = start - 1, end + 1
     elif 0 < start <= 1:
         start = 0.0
-    widest = max(len(figure(value)) for value in ticks(low, high, _Y_TICKS))
+    widest = max(len(figure(value)) for value in ticks(low, high, chart.height // _PIXELS_A_TICK))
     scale = _Scale(start, end, low, high, 36 + 7 * widest, chart.width, chart.height)
     parts = [
         f'<svg class="chart" id="{chart.name}" viewBox="0 0 {chart.width} {chart.height}" '
@@ -165,10 +165,10 @@ def draw(chart: Chart) -> tuple[str, str]:
         *_axes(chart, scale),
         f'<clipPath id="{chart.name}-clip"><rect x="{scale.left - 6}" y="0" '
         f'width="{scale.right - scale.left + 12}" height="{scale.bottom + 4}"/></clipPath>',
-        *(_mark(mark, scale) for mark in chart.marks if start <= mark.x <= end),
         f'<g clip-path="url(#{chart.name}-clip)">',
         *(_curve(line, scale) for line in lines),
         "</g>",
+        *(_mark(mark, scale) for mark in chart.marks if start <= mark.x <= end),
         *_crosses(chart.crosses, scale),
         f'<line class="cursor" x1="0" x2="0" y1="{_TOP}" y2="{scale.bottom}" visibility="hidden"/>',
         "</svg>",
@@ -239,7 +239,7 @@ def _series(lines: Sequence[Line]) -> str:
 
 def _axes(chart: Chart, scale: _Scale) -> list[str]:
     parts = []
-    for value in ticks(scale.low, scale.high, _Y_TICKS):
+    for value in ticks(scale.low, scale.high, chart.height // _PIXELS_A_TICK):
         y = scale.y(value)
         parts.append(
             f'<line class="grid" x1="{scale.left}" x2="{scale.right}" y1="{y:.1f}" y2="{y:.1f}"/>'

@@ -200,7 +200,7 @@ def _tiles(facts: Facts) -> str:
         tiles.append(("Validation loss", f"{number(losses, 'lora'):.4f}", base))
     elif measured:
         best = min(measured, key=lambda event: number(event, "loss"))
-        text = f"at step {best['step']:,}, the best so far"
+        text = f"at step {best['step']:,}, the best so far" if best["step"] else "before training"
         tiles.append(("Validation loss", f"{number(best, 'loss'):.4f}", text))
     done = result.get("steps") or step.get("step")
     if done:
@@ -255,7 +255,9 @@ def _plan(facts: Facts) -> str:
         rows["Trained"] = "every weight of UNet and text encoder"
     if (examples := plan.get("examples")) is not None:
         shapes = _list(plan, "shapes", {})
-        sizes = ", ".join(f"{s[0]} × {s[1]}" for s in shapes[:4] if isinstance(s, list) and len(s) > 1)
+        sizes = ", ".join(
+            f"{s[0]} × {s[1]}" for s in shapes[:4] if isinstance(s, list) and len(s) > 1
+        )
         more = f" and {len(shapes) - 4} more shapes" if len(shapes) > 4 else ""
         rows["Images"] = f"{_count(examples)}" + (f", {sizes}{more} pixels" if sizes else "")
     samples, images = number(plan, "epoch_samples"), number(plan, "images")
@@ -343,23 +345,22 @@ def _loss(facts: Facts) -> str:
         "The loss of a step is noisy, because each sees other images and other amounts of noise; "
         "look at the average. "
     )
-    note += (
-        "Validation is always on the same images and noise, so its points compare; where it rises "
-        "again, the LoRA begins to learn the training images by heart."
-        if len(measured) > 1
-        else "Nothing was held out to validate on, so nothing here shows overfitting."
-    )
+    if len(measured) > 1:
+        note += (
+            "Validation is always on the same images and noise, so its points compare; where it "
+            "rises again, the LoRA begins to learn the training images by heart."
+        )
+    elif not measured:
+        note += "Nothing was held out to validate on, so nothing here shows overfitting."
     return _section("Loss", _figure(chart, legend, remarks) + f'<p class="hint">{note}</p>')
 
 
 def _samples(facts: Facts) -> str:
     if not facts.pictures:
         wanted = _dict(facts.config, "samples")
-        why = (
-            "were drawn yet"
-            if wanted
-            else "were asked for: the config names no <code>samples</code>"
-        )
+        why = "were drawn" + (" yet" if facts.state.at_work else "")
+        if not wanted:
+            why = "were asked for: the config names no <code>samples</code>"
         return _section("Pictures over time", f"<p>No pictures {why}.</p>")
     shown = len(facts.pictures) - 1
     for place, picture in enumerate(facts.pictures):
@@ -590,7 +591,8 @@ def _curves(facts: Facts) -> str:
 
 def span_of(steps: int) -> int:
     """Over how many of so many steps a curve is averaged."""
-    return max(10, min(500, steps // 20))
+    span = max(10, min(500, steps // 20))
+    return span if span < 100 else round(span, -1)
 
 
 def _window(steps: int) -> int:
@@ -699,7 +701,7 @@ def _history(facts: Facts) -> str:
         times = [value for value in times if math.isfinite(value)]
         steps = [number(e, "step") for e in attempt.events if e["event"] == "step"]
         steps = [value for value in steps if math.isfinite(value)]
-        span = f"{attempt.start_step:,} – {int(steps[-1]):,}" if steps else "none"
+        span = f"{attempt.start_step + 1:,} – {int(steps[-1]):,}" if steps else "none"
         rows.append(
             (
                 str(attempt.number),

@@ -503,8 +503,13 @@ def _checkpoint_text(found: Mapping[str, Any] | None, now: float) -> str:
         return "none yet"
     text = f"step {found['step']:,}"
     if found["time"] is not None:
-        text += f", {human_time(max(0.0, now - found['time']))} ago"
+        text += f", {_ago(now - found['time'])}"
     return text + (f", {human_size(int(found['bytes']))}" if found["bytes"] else "")
+
+
+def _ago(seconds: float) -> str:
+    days = int(seconds // 86_400)
+    return f"{days} days ago" if days > 1 else f"{human_time(max(0.0, seconds))} ago"
 
 
 def _rank_text(rank: Rank) -> str:

@@ -6,11 +6,12 @@ be taken back, and of two people who set it at once neither overwrites the other
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
 from registry import logs
-from registry.api import Registry, alias_folder
+from registry.api import Model, Registry, alias_folder
 from registry.errors import RegistryError
 from registry.logs import LogEntry
 from registry.references import check_alias
@@ -34,28 +35,33 @@ def history(registry: Registry, name: str, alias: str) -> list[LogEntry]:
 
 
 def set_alias(
-    registry: Registry,
-    name: str,
-    alias: str,
-    version: int,
-    *,
-    reason: str = "",
-    action: str = SET,
-    facts: dict[str, Any] | None = None,
+    registry: Registry, name: str, alias: str, version: int, *, reason: str = ""
 ) -> LogEntry:
     """Let an alias mean a version from now on.
 
     Raises RegistryError if the alias is malformed, or there is no such version or it is yanked.
     """
+    fields = {"action": SET, "version": version, "reason": reason}
+    return assign(registry, registry.model(name), alias, version, lambda _: fields)
+
+
+def assign(
+    registry: Registry,
+    model: Model,
+    alias: str,
+    version: int,
+    decide: Callable[[list[LogEntry]], dict[str, Any]],
+) -> LogEntry:
+    """The same for a model that was looked at, with an entry that is decided by what the alias
+    meant before; see registry.logs.append."""
     check_alias(alias)
-    model = registry.model(name)
+    name = model.name
     if version not in model.versions:
         raise RegistryError(f"{name} has no version {version}; see lora-registry show {name}")
     yanked = model.yanked.get(version)
     if yanked is not None:
         raise RegistryError(f"{name}@{version} is yanked: {yanked}; choose another version")
-    fields = {"action": action, "version": version, "reason": reason, "facts": facts or {}}
-    return logs.append(registry.store, alias_folder(name, alias), _now(), lambda _: fields)
+    return logs.append(registry.store, alias_folder(name, alias), _now(), decide)
 
 
 def remove_alias(registry: Registry, name: str, alias: str, *, reason: str = "") -> LogEntry:
@@ -84,7 +90,11 @@ def rollback(registry: Registry, name: str, alias: str, *, reason: str = "") -> 
             raise _unknown(registry, name, alias)
         meant = _meant(before)
         if len(meant) < 2:
-            raise RegistryError(f"{name}@{alias} meant nothing else before; set it instead")
+            first = "nothing" if meant[-1] is None else f"{name}@{meant[-1]}"
+            raise RegistryError(
+                f"there is nothing to roll back: {name}@{alias} means {first}, as when it was set "
+                "first; set it to another version instead"
+            )
         version = meant[-2]
         if version is not None and (version not in versions or version in yanked):
             raise RegistryError(

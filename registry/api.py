@@ -7,6 +7,8 @@ Layout of a registry::
     models/<name>/versions/00000001.json            manifest: with it, the version exists
     models/<name>/states/00000001/00000001.json     log of a version: yanked, removed
     models/<name>/aliases/<alias>/00000001.json     log of an alias
+    models/<name>/cards/00000001/00000001.json      log of a version's card
+    models/<name>/events/00000001.json              log of refused promotions
 """
 
 from __future__ import annotations
@@ -16,19 +18,22 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from registry import documents, signing
+from registry import documents, garbage, signing
 from registry.errors import RegistryError, os_errors
 from registry.files import copy_hashing, copy_whole, written_beside
 from registry.manifest import FileEntry, Manifest
 from registry.models import Model, in_parallel, models
-from registry.references import check_alias, check_name, parse_reference
+from registry.references import Reference, check_alias, check_name, parse_reference
 from registry.s3_client import without_credentials
 from registry.settings import Settings
 from registry.store import FolderStore, Progress, Store, silent
+from registry.words import human_size
 
 __all__ = ["FileEntry", "Manifest", "Model", "Registry", "RegistryError", "open_registry"]
 
@@ -37,6 +42,8 @@ _MAX_ATTEMPTS = 1000
 _LOST_BEFORE_LISTING = 3
 _LONGEST_WAIT = 2.0
 
+_clock = time.time
+"""Unlike time.monotonic, it goes on while the machine sleeps."""
 _log = logging.getLogger("lora-registry")
 
 
@@ -133,9 +140,21 @@ class Registry:
         order; with ``fresh`` not from a cache."""
         return in_parallel(lambda place: self._read_manifest(place[0], place[1], fresh), versions)
 
+    def readable(self, versions: Sequence[tuple[str, int]]) -> list[Manifest]:
+        """The same without those that cannot be read, with a warning for each."""
+
+        def one(place: tuple[str, int]) -> Manifest | None:
+            try:
+                return self._read_manifest(*place)
+            except RegistryError as error:
+                _log.warning("warning: %s", error)
+                return None
+
+        return [manifest for manifest in in_parallel(one, versions) if manifest is not None]
+
     def resolve(self, reference: str) -> Manifest:
         """The manifest of ``name@version``, ``name@alias`` or ``name@sha256:…``, or of the newest
-        version of ``name`` that is not yanked.
+        version of ``name`` that is neither yanked nor forbidden by the policy.
 
         Raises ``RegistryError`` if the reference is malformed, the name, version, alias or digest
         unknown, the manifest not readable, or not signed by whom the policy asks for.
@@ -145,29 +164,44 @@ class Registry:
     def located(self, reference: str) -> tuple[Model, Manifest]:
         """The same with its model."""
         wanted = parse_reference(reference)
-        model, version = self.model(wanted.name), wanted.version
-        name = model.name
+        model = self.model(wanted.name)
         if wanted.sha256 is not None:
-            manifest = self._by_digest(model, wanted.sha256)
-            self._check_signer(manifest, None)
-            return model, manifest
+            return model, _newest_allowed(self._by_digest(model, wanted.sha256))
+        version = self._numbered(model, wanted)
+        if version is not None:
+            return model, _newest_allowed([self._read_manifest(model.name, version)])
+        usable = [number for number in reversed(model.versions) if number not in model.yanked]
+        if not usable:
+            raise RegistryError(
+                f"every version of {model.name} is yanked; name one, such as "
+                f"{model.name}@{model.versions[-1]}"
+            )
+        return model, _newest_allowed(self._read_manifest(model.name, n) for n in usable)
+
+    def placed(self, reference: str) -> tuple[Model, int]:
+        """The model and number of a reference; where it says a number or an alias its manifest is
+        not read, so that something can be done about one that cannot be."""
+        wanted = parse_reference(reference)
+        if wanted.version is not None or wanted.alias is not None:
+            model = self.model(wanted.name)
+            number = self._numbered(model, wanted)
+            if number is not None:
+                return model, number
+        model, manifest = self.located(reference)
+        return model, manifest.version
+
+    def _numbered(self, model: Model, wanted: Reference) -> int | None:
+        """The number that a reference says, itself or as an alias."""
+        version = wanted.version
         if wanted.alias is not None:
             version = self._aliased(model, wanted.alias)
-        elif version is None:
-            version = model.newest
-            if version is None:
-                raise RegistryError(
-                    f"every version of {name} is yanked; name one, such as "
-                    f"{name}@{model.versions[-1]}"
-                )
-        if version not in model.versions:
+        if version is not None and version not in model.versions:
             existing = ", ".join(map(str, model.versions[-20:]))
             raise RegistryError(
-                f"{name} has no version {version}; the registry {self.location} has {existing}"
+                f"{model.name} has no version {version}; the registry {self.location} has "
+                f"{existing}"
             )
-        manifest = self._read_manifest(name, version)
-        self._check_signer(manifest, None)
-        return model, manifest
+        return version
 
     def push(
         self,
@@ -190,12 +224,14 @@ class Registry:
         push that may have been made before is made again.
 
         Raises ``RegistryError``, with nothing written, if the name is malformed, a file is
-        missing, empty or a damaged safetensors file, a metric is not a finite number, or the
-        metadata is not JSON. A metric is a number, or a mapping with value, lower and upper.
+        missing, empty, damaged or no LoRA, a metric is not a finite number, the metadata is not
+        JSON, or the policy would not let it count. A metric is a number, or a mapping with value,
+        lower and upper.
         """
         from registry.draft import draft
 
         check_name(name)
+        signing.judge_own(name)
         pictures = tuple(Path(path) for path in samples)
         made = draft(name, Path(file), metrics, metadata, evaluation, pictures, card, push_id)
         key = signing.own_key()
@@ -206,28 +242,19 @@ class Registry:
                 entry: _on_disk(source, Path(folder, entry.path))
                 for entry, source in zip(made.manifest.files, made.sources, strict=True)
             }
-            marked = self._put_files(files, progress)
-            manifest = self._commit(made.manifest, key)
-            for entry in marked:  # a gc that was already on its way may have taken them
-                if self.store.size(blob_key(entry)) != entry.size:
-                    self.store.put_blob(blob_key(entry), files[entry], entry, anew=True)
-        return manifest
+            self._put_files(files, progress)
+            return self._commit(made.manifest, key)
 
-    def _put_files(self, files: Mapping[FileEntry, Path], progress: Progress) -> list[FileEntry]:
-        """Store the files; returns those that a gc has marked.
-
-        They are written anew: then they are too young for the gc that is about to remove them.
-        """
-        marks = set(self.store.names("garbage"))
-
-        def put(entry: FileEntry) -> None:
-            marked = entry.sha256 in marks
-            self.store.put_blob(blob_key(entry), files[entry], entry, progress, anew=marked)
-            if marked:
-                self.store.delete(f"garbage/{entry.sha256}")
-
-        in_parallel(put, list(files))
-        return [entry for entry in files if entry.sha256 in marks]
+    def _put_files(self, files: Mapping[FileEntry, Path], progress: Progress) -> None:
+        """Store the files, so that no gc removes them before there is a manifest."""
+        long, begun = garbage.SHORTEST_GRACE.total_seconds() / 2, None
+        while begun is None or _clock() - begun > long:
+            begun = _clock()
+            garbage.spare(self.store, {entry.sha256 for entry in files})
+            in_parallel(
+                lambda entry: self.store.put_blob(blob_key(entry), files[entry], entry, progress),
+                list(files),
+            )
 
     def _commit(self, manifest: Manifest, key: signing.Key | None) -> Manifest:
         """Write the manifest under the next number that is free."""
@@ -263,6 +290,14 @@ class Registry:
             f"{manifest.reference}: the registry {self.location} gives another manifest than "
             "was written; it cannot be trusted"
         )
+
+    def identity(self) -> str | None:
+        """The random id of the registry, None if there is none yet."""
+        return self._require().id if self._exists() else None
+
+    def numbers(self, name: str) -> list[int]:
+        """The versions of ``name`` that are not removed, none if there is no such model."""
+        return [n for model in models(self.store, name) for n in model.versions]
 
     def _numbers(self, name: str, known: bool = False) -> list[int]:
         """The numbers that have been given, or a few of them that are `known` without asking."""
@@ -310,44 +345,59 @@ class Registry:
         another file has the name and ``overwrite`` is not set.
         """
         model, manifest = self.located(reference)
-        _check_state(model, manifest, yanked)
-        wanted = manifest.files if everything else manifest.files[:1]
-        in_parallel(
-            lambda entry: self._pull_file(manifest, entry, Path(out_dir), overwrite, progress),
-            wanted,
+        return self.pull_version(
+            model,
+            manifest,
+            out_dir,
+            overwrite,
+            everything=everything,
+            yanked=yanked,
+            progress=progress,
         )
-        return Path(out_dir) / manifest.files[0].path
 
-    def _pull_file(
+    def pull_version(
         self,
+        model: Model,
         manifest: Manifest,
-        entry: FileEntry,
-        folder: Path,
-        overwrite: bool,
-        progress: Progress,
-    ) -> None:
+        out_dir: str | os.PathLike[str],
+        overwrite: bool = False,
+        *,
+        everything: bool = False,
+        yanked: bool = False,
+        progress: Progress = silent,
+    ) -> Path:
+        """The same for what :meth:`located` has found."""
         from weights.files import sha256
 
-        destination = folder / entry.path
-        source = self.file(manifest, entry, progress)
+        _check_state(model, manifest, yanked)
+        wanted, folder = manifest.files if everything else manifest.files[:1], Path(out_dir)
+        sources = in_parallel(lambda entry: self.file(manifest, entry, progress), wanted)
+        size = human_size(sum(entry.size for entry in wanted))
 
-        def write(target: BinaryIO) -> None:
+        def copy(entry: FileEntry, source: Path, target: BinaryIO) -> None:
             if self.store.verified:
                 copy_whole(source, target)
             else:
                 self._check_digest(manifest, entry, copy_hashing(source, target))
 
-        with os_errors(f"pull {manifest.reference}"):
-            if destination.exists():
-                if sha256(destination) == entry.sha256:
-                    return
-                if not overwrite:
-                    raise RegistryError(
-                        f"{destination} exists and is not that of {manifest.reference}; "
-                        "pull into another folder, or with --overwrite to replace it"
-                    )
-            with written_beside(destination, write) as temporary:
+        # None gets its name before all are there.
+        with os_errors(f"pull {manifest.reference}, {size}, into {folder}"), ExitStack() as all_:
+            ready = []
+            for entry, source in zip(wanted, sources, strict=True):
+                destination = folder / entry.path
+                if destination.exists():
+                    if sha256(destination) == entry.sha256:
+                        continue
+                    if not overwrite:
+                        raise RegistryError(
+                            f"{destination} exists and is not that of {manifest.reference}; "
+                            "pull into another folder, or with --overwrite to replace it"
+                        )
+                whole = written_beside(destination, partial(copy, entry, source))
+                ready.append((all_.enter_context(whole), destination))
+            for temporary, destination in ready:
                 os.replace(temporary, destination)
+        return folder / manifest.files[0].path
 
     def file(self, manifest: Manifest, entry: FileEntry, progress: Progress = silent) -> Path:
         """A local file with one of a version's files, to read only. Raises ``RegistryError`` if it
@@ -373,7 +423,7 @@ class Registry:
         registry of a known format nor free to become one.
         """
         check_name(name)
-        signing.own_key()
+        signing.judge_own(name)
         if self._exists():
             self._require()
 
@@ -440,11 +490,12 @@ class Registry:
             raise RegistryError(
                 f"{model.name} has no alias {alias!r}; it has {known}; see lora-registry alias list"
             )
-        self._judge(f"{model.name}@{alias}", model.name, entry.signature, alias)
+        signing.judge(f"{model.name}@{alias}", model.name, entry.signature, alias)
         return entry.version
 
-    def _by_digest(self, model: Model, sha256: str) -> Manifest:
-        manifests = self.manifests([(model.name, number) for number in model.versions])
+    def _by_digest(self, model: Model, sha256: str) -> list[Manifest]:
+        """The versions with the file, newest first."""
+        manifests = self.readable([(model.name, number) for number in reversed(model.versions)])
         found = [m for m in manifests if m.files[0].sha256.startswith(sha256)]
         if not found:
             raise RegistryError(
@@ -454,27 +505,12 @@ class Registry:
         if len({manifest.files[0].sha256 for manifest in found}) > 1:
             references = ", ".join(manifest.reference for manifest in found)
             raise RegistryError(f"sha256 {sha256} stands for {references}; write more digits")
-        return found[-1]
-
-    def _check_signer(self, manifest: Manifest, alias: str | None) -> None:
-        self._judge(manifest.reference, manifest.name, manifest.signature, alias)
-
-    def _judge(self, words: str, name: str, signature: str | None, alias: str | None) -> None:
-        """Hold a signature against the policy, if there is one."""
-        policy = signing.policy()
-        if policy is None or policy.mode == "off":
-            return
-        problem = policy.problem(name, signature, alias)
-        if problem and policy.mode == "enforce":
-            raise RegistryError(
-                f"{words} {problem}; see the policy {os.environ[signing.POLICY_VARIABLE]}"
-            )
-        if problem:
-            _log.warning("warning: %s %s", words, problem)
+        return found
 
     def _read_manifest(self, name: str, version: int, fresh: bool = False) -> Manifest:
         key = manifest_key(name, version)
-        manifest = documents.read(self.store, key, Manifest, "a manifest", fresh)
+        remedy = f"restore it, remove the version (lora-registry rm {name}@{version})"
+        manifest = documents.read(self.store, key, Manifest, "a manifest", fresh, remedy)
         if (manifest.name, manifest.version) != (name, version):
             raise RegistryError(
                 f"{key} in the registry {self.location} is the manifest of "
@@ -505,6 +541,23 @@ def _check_state(model: Model, manifest: Manifest, yanked: bool) -> None:
         )
 
 
+def _newest_allowed(manifests: Iterable[Manifest]) -> Manifest:
+    """The first that the policy allows. Raises ``RegistryError`` with what it says of the first if
+    there is none."""
+    refused: RegistryError | None = None
+    for manifest in manifests:
+        try:
+            signing.judge(manifest.reference, manifest.name, manifest.signature)
+        except RegistryError as error:
+            refused = refused or error
+            continue
+        if refused:
+            _log.warning("warning: %s; %s is the newest that may", refused, manifest.reference)
+        return manifest
+    assert refused is not None
+    raise refused
+
+
 def _on_disk(source: Path | bytes, path: Path) -> Path:
     """Where a file's bytes are, after they were written there if need be."""
     if isinstance(source, bytes):
@@ -525,7 +578,7 @@ def alias_folder(name: str, alias: str) -> str:
 
 def blob_key(entry: FileEntry) -> str:
     """Where a file is."""
-    return f"blobs/sha256/{entry.sha256[:2]}/{entry.sha256}"
+    return garbage.blob_key(entry.sha256)
 
 
 def manifest_key(name: str, version: int) -> str:

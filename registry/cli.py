@@ -251,11 +251,12 @@ def pull(
       lora-registry pull emoji-ink@1 --out models/ --registry ~/loras
     """
     registry = open_named(location)
-    manifest = registry.resolve(reference)
+    model, manifest = registry.located(reference)
     wanted = manifest.files if everything else manifest.files[:1]
     with transfer("pulling", sum(entry.size for entry in wanted)) as progress:
-        path = registry.pull(
-            manifest.reference,
+        path = registry.pull_version(
+            model,
+            manifest,
             out,
             overwrite=overwrite,
             everything=everything,

@@ -46,8 +46,8 @@ def draft(
 
     Raises RegistryError if a file is not fit to be published, or a value cannot be kept.
     """
-    header = _header(file)
     entries = [_entry(name + file.suffix, file)]
+    header = _header(file)
     pictures = [_entry(_picture_name(name, n), path, _PNG) for n, path in enumerate(samples)]
     values, intervals = _scores(metrics)
     try:
@@ -101,21 +101,18 @@ def _entry(name: str, path: Path, begins: bytes = b"") -> FileEntry:
 
 
 def _header(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself, without what is too long to read."""
+    """What a LoRA file says of itself, without what is too long to read. Raises RegistryError if it
+    is no LoRA, or holds NaN."""
+    from weights import lora_files
     from weights.files import WeightsError
-    from weights.files import metadata as read_header
 
-    if file.suffix != ".safetensors" or not file.is_file():
-        return {}
-    if file.stat().st_size == 0:
-        return {}
     try:
-        found = read_header(file)
+        found = lora_files.read(file, ignore_unknown=True)
     except WeightsError as error:
         raise RegistryError(str(error)) from error
     return {
         key: value
-        for key, value in sorted(found.items())
+        for key, value in sorted(found.metadata.items())
         if _HEADER_KEYS.match(key) and len(value) <= _LONGEST_HEADER_VALUE
     }
 
@@ -124,6 +121,8 @@ def _scores(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     """Values and intervals of metrics given as numbers or as value, lower and upper."""
     values, intervals = {}, {}
     for key, given in metrics.items():
+        if not (isinstance(key, str) and key.strip() and key.isprintable()):
+            raise RegistryError(f"{key!r} is no name of a metric; give it one that can be read")
         values[key] = given
         if isinstance(given, Mapping) and set(given) == {"value", "lower", "upper"}:
             values[key] = given["value"]

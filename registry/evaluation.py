@@ -45,6 +45,11 @@ def difference(one: Manifest, two: Manifest, metric: str) -> str | None:
     return "; ".join(differing[:_MOST]) + (f"; and {more} more facts" if more > 0 else "")
 
 
+def unsaid(one: Manifest, two: Manifest, metric: str) -> bool:
+    """Does nothing say of either version how a metric was measured?"""
+    return not spec(one, metric) and not spec(two, metric)
+
+
 def measured(manifest: Manifest) -> list[str]:
     """A line for each group of facts: what it counts for, and the facts."""
     common, lines = {}, []

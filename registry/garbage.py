@@ -2,10 +2,10 @@
 
 A file that no version needs is marked. Once the mark is older than the grace period gc announces
 itself, looks at the marks once more, removes the files whose old marks are still there, and takes
-the announcement away. A push looks at the marks before it stores its files; of those that are
-marked it takes the mark away and then waits until no gc is announced. So either gc misses the mark,
-or the push sees gc and stores its file after it. A file without a mark is safe for the grace
-period, which is longer than a push needs from that look to its manifest.
+the announcement away. A push takes the marks of its files away before it stores them, and then,
+marks or not (somebody else may have taken one away), waits until no gc is announced. So either gc
+misses the mark, or the push sees gc and stores its file after it. A file without a mark is safe for
+the grace period, which is longer than a push needs from its look at the marks to its manifest.
 
 tests/registry/test_registry_gc_protocol.py follows this through every order of requests.
 """
@@ -58,7 +58,7 @@ def spare(store: Store, sha256s: Collection[str]) -> None:
     for sha256 in marked:
         unmark(store, sha256)
     said = False
-    while marked and _announced(store):
+    while _announced(store):
         if not said:
             _log.warning("waiting for a gc that may be removing what is pushed")
         said = True

@@ -36,6 +36,8 @@ def publish(
     if not file.is_file():
         raise RegistryError(f"there is no file {file} to import; correct the path")
     name = name or _name(file.stem)
+    if not name:
+        raise RegistryError(f"{file.name} has no letters for a model name; give one with --name")
     check_name(name)
     with os_errors(f"read {file}"):
         digest = sha256(file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from registry.command_line import (
     table,
 )
 from registry.errors import RegistryError
+
+if TYPE_CHECKING:
+    from registry.manifest import Manifest
 
 _REASON = click.option("--reason", default="", metavar="TEXT", help="Why; kept in the history.")
 
@@ -43,12 +46,13 @@ def set_(reference: str, word: str, reason: str, location: str | None, as_json: 
     Example:
       lora-registry alias set emoji-ink@3 prod --reason "darker ink"
     """
-    from registry.aliases import set_alias
+    from registry.aliases import SET, assign
 
     registry = open_named(location)
-    manifest = registry.resolve(reference)
-    entry = set_alias(registry, manifest.name, word, manifest.version, reason=reason)
-    _changed(manifest.name, word, entry, as_json)
+    model, manifest = registry.located(reference)
+    fields = {"action": SET, "version": manifest.version, "reason": reason}
+    entry = assign(registry, model, word, manifest.version, lambda _: fields)
+    _changed(model.name, word, entry, as_json)
 
 
 @alias.command("rm")
@@ -103,7 +107,7 @@ def list_(name: str, location: str | None, as_json: bool) -> None:
         print_json({word: entry.version for word, entry in found.items()})
     elif found:
         rows = [
-            (word, f"{name}@{e.version}", f"{e.at:%Y-%m-%d %H:%M}", e.by)
+            (word, f"{name}@{e.version}", f"{e.at:%Y-%m-%d %H:%M}", plain(e.by))
             for word, e in found.items()
         ]
         click.echo(table([("alias", "means", "since (UTC)", "by"), *rows]))
@@ -133,7 +137,7 @@ def alias_history(name: str, word: str, location: str | None, as_json: bool) -> 
             f"{entry.at:%Y-%m-%d %H:%M}",
             entry.action,
             "nothing" if entry.version is None else f"{name}@{entry.version}",
-            entry.by,
+            plain(entry.by),
             plain(entry.reason),
         )
         for entry in found
@@ -160,7 +164,8 @@ def promote(
     """Let ALIAS mean a version, if it is good enough.
 
     A gate compares metrics: kid, its interval kid.lower and kid.upper, base.kid without the LoRA,
-    prod.kid of the version that prod means now; with < <= > >= == != and or not + - * /.
+    prod.kid of the version that prod means now; with < <= > >= == != and or not + - * /. Names with
+    other characters go in backquotes: `prod-eu`.kid.
 
     \b
     Example:
@@ -172,8 +177,8 @@ def promote(
     registry = open_named(location)
     entry, verdict = gates.promote(registry, reference, word, gate, force=force, reason=reason)
     for comparison in verdict.comparisons if verdict else ():
-        click.echo(comparison, err=True)
-    _changed(registry.resolve(reference).name, word, entry, as_json)
+        click.echo(plain(comparison, 1000), err=True)
+    _changed(reference.partition("@")[0], word, entry, as_json)
 
 
 @click.command()
@@ -187,7 +192,7 @@ def compare(first: str, second: str, location: str | None, as_json: bool) -> Non
     Example:
       lora-registry compare emoji-ink@3 emoji-ink@4
     """
-    from registry.evaluation import difference, flat
+    from registry.evaluation import difference, flat, unsaid
 
     registry = open_named(location)
     one, two = registry.resolve(first), registry.resolve(second)
@@ -199,6 +204,9 @@ def compare(first: str, second: str, location: str | None, as_json: bool) -> Non
         for key, values in metrics.items()
         if None not in values and (different := difference(one, two, key))
     }
+    silent = [
+        key for key, values in metrics.items() if None not in values and unsaid(one, two, key)
+    ]
     facts = [flat(manifest.metadata) for manifest in (one, two)]
     differing = {
         key: [facts[0].get(key), facts[1].get(key)]
@@ -211,20 +219,26 @@ def compare(first: str, second: str, location: str | None, as_json: bool) -> Non
                 "versions": [one.reference, two.reference],
                 "metrics": metrics,
                 "measured_differently": apart,
+                "measuring_unsaid": silent,
                 "differing": differing,
             }
         )
         return
     click.echo(f"{one.reference} and {two.reference}")
     rows = [
-        (key, _number(a), _number(b), "" if key in apart else _change(a, b))
+        (plain(key), _number(a), _number(b), "" if key in apart else _change(a, b))
         for key, (a, b) in metrics.items()
     ]
     section("metrics", rows)
     for reason in dict.fromkeys(apart.values()):
-        names = ", ".join(key for key, found in apart.items() if found == reason)
+        names = ", ".join(plain(key) for key, found in apart.items() if found == reason)
         click.echo(f"\nwarning: {names} cannot be compared: {reason}", err=True)
-    section("differing", [(key, plain(a, 40), plain(b, 40)) for key, (a, b) in differing.items()])
+    if silent:
+        names = ", ".join(map(plain, silent))
+        click.echo(f"\nwarning: nothing says how {names} was measured, of neither", err=True)
+    section(
+        "differing", [(plain(key), plain(a, 40), plain(b, 40)) for key, (a, b) in differing.items()]
+    )
 
 
 @click.command()
@@ -239,7 +253,8 @@ def history(name: str, metric: str, location: str | None, as_json: bool) -> None
       lora-registry history emoji-ink validation_loss
     """
     registry = open_named(location)
-    manifests = [registry.resolve(f"{name}@{version}") for version in registry.versions(name)]
+    versions = [(name, version) for version in registry.versions(name)]
+    manifests = list(filter(_allowed, registry.readable(versions)))
     values = {m.version: m.metrics[metric] for m in manifests if metric in m.metrics}
     if not values:
         known = ", ".join(sorted({key for m in manifests for key in m.metrics})) or "none"
@@ -252,7 +267,19 @@ def history(name: str, metric: str, location: str | None, as_json: bool) -> None
     for version, value in values.items():
         height = 0.5 if high == low else (value - low) / (high - low)
         rows.append((f"{name}@{version}", f"{value:g}", "█" * round(1 + 29 * height)))
-    click.echo(table([("version", metric, f"{low:g} to {high:g}"), *rows]))
+    click.echo(table([("version", plain(metric), f"{low:g} to {high:g}"), *rows]))
+
+
+def _allowed(manifest: Manifest) -> bool:
+    """Does the policy let a version count?"""
+    from registry import signing
+
+    try:
+        signing.judge(manifest.reference, manifest.name, manifest.signature)
+    except RegistryError as error:
+        click.echo(f"warning: {error}", err=True)
+        return False
+    return True
 
 
 @click.command()
@@ -276,7 +303,7 @@ def log(name: str, location: str | None, as_json: bool) -> None:
             ]
         )
         return
-    rows = [(f"{e.at:%Y-%m-%d %H:%M}", plain(e.by), e.text, plain(e.reason)) for e in found]
+    rows = [(f"{e.at:%Y-%m-%d %H:%M}", plain(e.by), plain(e.text), plain(e.reason)) for e in found]
     click.echo(table([("when (UTC)", "by", "what", "reason"), *rows]))
 
 

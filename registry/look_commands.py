@@ -70,8 +70,9 @@ def _listed(registry: Registry, pattern: str, every: bool) -> list[tuple[Model, 
         for model in found
         for version in (model.versions if every else [model.newest or model.versions[-1]])
     ]
-    manifests = registry.manifests([(model.name, version) for model, version in places])
-    return [(model, manifest) for (model, _), manifest in zip(places, manifests, strict=True)]
+    named = {model.name: model for model in found}
+    manifests = registry.readable([(model.name, version) for model, version in places])
+    return [(named[manifest.name], manifest) for manifest in manifests]
 
 
 def _fits(manifest: Manifest, base: str | None, trigger: str | None, tag: str | None) -> bool:
@@ -88,13 +89,15 @@ def _fits(manifest: Manifest, base: str | None, trigger: str | None, tag: str | 
 
 @click.command()
 @click.argument("reference", metavar="NAME[@VERSION|@ALIAS]")
+@click.option("--all", "everything", is_flag=True, help="All of its metadata too.")
 @registry_options
-def show(reference: str, location: str | None, as_json: bool) -> None:
+def show(reference: str, everything: bool, location: str | None, as_json: bool) -> None:
     """Show whether a version can be used, for what, and where it comes from.
 
     \b
     Example:
       lora-registry show emoji-ink@1 --registry ~/loras
+      lora-registry show emoji-ink@1 --all
     """
     from registry import facts, signing
     from registry.evaluation import measured
@@ -122,12 +125,14 @@ def show(reference: str, location: str | None, as_json: bool) -> None:
     click.echo(f"{len(model.versions)} versions{newest}")
     section("facts", [(title, plain(text)) for title, text in facts.rows(manifest)])
     rows = [
-        (*score[:3], f"base {score[3]}" if score[3] else "") for score in facts.scores(manifest)
+        (plain(score[0]), *score[1:3], f"base {score[3]}" if score[3] else "")
+        for score in facts.scores(manifest)
     ]
     section("metrics", rows)
     section("measured with", [(plain(text, 1000),) for text in measured(manifest)])
     section("files", [(file.path, human_size(file.size), file.sha256) for file in manifest.files])
-    section("metadata", [(k, plain(value)) for k, value in manifest.metadata.items()])
+    if everything:
+        section("metadata", [(plain(k), plain(value)) for k, value in manifest.metadata.items()])
     triggers = facts.words(manifest, "trigger_words")
     prompt = f"{triggers[0]}, a lighthouse" if triggers else "a lighthouse"
     section("use", [(f'lora-sample --lora {manifest.reference} --prompt "{plain(prompt)}"',)])
@@ -190,5 +195,5 @@ def _row(model: Model, manifest: Manifest) -> tuple[str, ...]:
         " ".join(means),
         f"{manifest.created:%Y-%m-%d %H:%M}",
         human_size(manifest.files[0].size),
-        " ".join(f"{key}={value:.4g}" for key, value in metrics),
+        " ".join(f"{plain(key)}={value:.4g}" for key, value in metrics),
     )

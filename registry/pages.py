@@ -11,7 +11,7 @@ _LONGEST = 200_000
 
 def page(registry: Registry, manifest: Manifest) -> str:
     """The page in Markdown. Raises RegistryError if it is missing or damaged."""
-    entry = logs.last(registry.store, _folder(manifest))
+    entry = logs.standing(registry.store, _folder(manifest))
     if entry is not None:
         return str(entry.facts["card"])
     for file in manifest.files:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from datetime import datetime, timezone
 
-_KEPT = "\n\t‌‍"
+_KEPT = "\n\t\u200c\u200d"
 """Not printable by themselves, and no harm; the last two join letters and emoji."""
 
 

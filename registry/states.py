@@ -7,10 +7,11 @@ from datetime import datetime
 from typing import Any
 
 from registry import logs
-from registry.aliases import aliases, history
-from registry.api import Registry, state_folder
+from registry.api import Model, Registry, state_folder
 from registry.errors import RegistryError
 from registry.logs import LogEntry
+from registry.models import in_parallel, listings
+from registry.references import check_name
 
 
 @dataclass(frozen=True)
@@ -30,75 +31,90 @@ def yank(registry: Registry, reference: str, reason: str) -> LogEntry:
     """
     if not reason.strip():
         raise RegistryError("a version is yanked for a reason; give one")
-    manifest = registry.resolve(reference)
+    model, version = registry.placed(reference)
 
     def decide(before: list[LogEntry]) -> dict[str, Any]:
-        if before and before[-1].action == "yank":
-            raise RegistryError(f"{manifest.reference} is yanked already: {before[-1].reason}")
-        return {"action": "yank", "version": manifest.version, "reason": reason}
+        last = _standing(before)
+        if last and last.action == "yank":
+            raise RegistryError(f"{model.name}@{version} is yanked already: {last.reason}")
+        return {"action": "yank", "version": version, "reason": reason}
 
-    return _note(registry, manifest.name, manifest.version, decide)
+    return _note(registry, model, version, decide)
 
 
 def unyank(registry: Registry, reference: str, reason: str = "") -> LogEntry:
     """Take that back. Raises RegistryError if the version is not yanked."""
-    manifest = registry.resolve(reference)
+    model, version = registry.placed(reference)
 
     def decide(before: list[LogEntry]) -> dict[str, Any]:
-        if not before or before[-1].action != "yank":
-            raise RegistryError(f"{manifest.reference} is not yanked; nothing was done")
-        return {"action": "unyank", "version": manifest.version, "reason": reason}
+        last = _standing(before)
+        if last is None or last.action != "yank":
+            raise RegistryError(f"{model.name}@{version} is not yanked; nothing was done")
+        return {"action": "unyank", "version": version, "reason": reason}
 
-    return _note(registry, manifest.name, manifest.version, decide)
+    return _note(registry, model, version, decide)
 
 
 def remove(registry: Registry, reference: str, reason: str = "", force: bool = False) -> LogEntry:
-    """Remove a version. Its number is not given again; its file goes with the next gc.
+    """Remove a version, also one whose manifest cannot be read. Its number is not given again; its
+    file goes with the next gc.
 
     Raises RegistryError if the reference names no version or digest, or if an alias means it and
     it is not forced.
     """
     if "@" not in reference:
         raise RegistryError(f"{reference}: name the version to remove, such as {reference}@1")
-    manifest = registry.resolve(reference)
-    meaning = [
-        alias
-        for alias, entry in aliases(registry, manifest.name).items()
-        if entry.version == manifest.version
-    ]
+    model, version = registry.placed(reference)
+    meaning = model.meaning(version)
     if meaning and not force:
         raise RegistryError(
-            f"{manifest.reference} is what {', '.join(meaning)} means; set the alias to another "
+            f"{model.name}@{version} is what {', '.join(meaning)} means; set the alias to another "
             "version first, or --force"
         )
-    fields = {"action": "remove", "version": manifest.version, "reason": reason}
-    return _note(registry, manifest.name, manifest.version, lambda _: fields)
+    fields = {"action": "remove", "version": version, "reason": reason}
+    return _note(registry, model, version, lambda _: fields)
 
 
 def log(registry: Registry, name: str) -> list[Event]:
-    """All that was done to a model, oldest first. Raises RegistryError if there is none."""
-    store, found = registry.store, []
-    for manifest in registry.manifests([(name, n) for n in registry.versions(name)]):
-        version = manifest.version
-        found.append(Event(manifest.created, manifest.pushed_by, f"push {name}@{version}", ""))
-    for folder in store.names(f"models/{name}/states"):
-        for entry in logs.entries(store, f"models/{name}/states/{folder}"):
-            found.append(_event(entry, f"{entry.action} {name}@{entry.version}"))
-    for alias in store.names(f"models/{name}/aliases"):
-        for entry in history(registry, name, alias):
-            means = "nothing" if entry.version is None else f"{name}@{entry.version}"
-            forced = ", forced" if entry.facts.get("forced") else ""
-            found.append(_event(entry, f"{entry.action} {name}@{alias}: {means}{forced}"))
-    for entry in logs.entries(store, f"models/{name}/events"):
-        found.append(
-            _event(entry, f"{entry.action} {name}@{entry.version} as {entry.facts.get('alias')}")
-        )
-    return sorted(found, key=lambda event: event.at)
+    """All that was done to a model, oldest first, also to versions that are removed. Raises
+    RegistryError if there is none."""
+    check_name(name)
+    found = listings(registry.store, name).get(name)
+    if found is None:
+        registry.model(name)  # which says what there is instead
+        return []
+    events = [
+        Event(manifest.created, manifest.pushed_by, f"push {manifest.reference}", "")
+        for manifest in registry.readable([(name, version) for version in found.versions])
+    ]
+    places = [(log, number) for log, numbers in found.logs.items() for number in numbers]
+
+    def one(place: tuple[str, int]) -> Event:
+        log, number = place
+        entry = logs.read(registry.store, f"models/{name}/{log}", number)
+        return Event(entry.at, entry.by, _said(entry, name, log), entry.reason)
+
+    return sorted([*events, *in_parallel(one, places)], key=lambda event: event.at)
 
 
-def _event(entry: LogEntry, text: str) -> Event:
-    return Event(entry.at, entry.by, text, entry.reason)
+def _said(entry: LogEntry, name: str, log: str) -> str:
+    """What an entry of a log says was done."""
+    kind, _, alias = log.partition("/")
+    version = "nothing" if entry.version is None else f"{name}@{entry.version}"
+    text = f"{entry.action} {version}"
+    if kind == "aliases":
+        text = f"{entry.action} {name}@{alias}: {version}"
+    elif kind == "events":
+        text += f" as {entry.facts.get('alias')}"
+    if gate := entry.facts.get("gate"):
+        text += f", gate {gate}"
+    return text + (", forced" if entry.facts.get("forced") else "")
 
 
-def _note(registry: Registry, name: str, version: int, decide: Any) -> LogEntry:
-    return logs.append(registry.store, state_folder(name, version), registry.store.now(), decide)
+def _standing(before: list[LogEntry]) -> LogEntry | None:
+    return next(filter(logs.counts, reversed(before)), None)
+
+
+def _note(registry: Registry, model: Model, version: int, decide: Any) -> LogEntry:
+    folder = state_folder(model.name, version)
+    return logs.append(registry.store, folder, registry.store.now(), decide)

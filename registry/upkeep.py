@@ -7,25 +7,25 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-from registry import signing
-from registry.api import Registry, blob_key
+from registry import garbage, logs, signing
+from registry.api import Registry
 from registry.errors import RegistryError
 from registry.manifest import Manifest
+from registry.models import Listing, listings
 from registry.pages import page
-from registry.store import Entry
-
-GRACE = timedelta(days=1)
-"""No push takes longer than this."""
+from registry.references import check_name
+from registry.states import remove
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a version."""
+    """What is wrong with a version, or with an entry of a log."""
 
     reference: str
+    """Of an entry its key."""
     problem: str
 
 
@@ -39,13 +39,6 @@ class Garbage:
     """Can be removed now; else it has to wait for the grace period."""
 
 
-def manifests(registry: Registry) -> list[Manifest]:
-    """Those of all versions of all models."""
-    return registry.manifests(
-        [(model.name, version) for model in registry.models() for version in model.versions]
-    )
-
-
 def verify(
     registry: Registry,
     reference: str | None,
@@ -53,29 +46,63 @@ def verify(
     signed: bool = False,
 ) -> list[Finding]:
     """Read back every file of a version, of all of a model, or of all, and its manifest, and
-    compare them with their digests; with `signed` also that it is, by whom the policy asks for."""
-    if reference is None:
-        versions = [(model.name, n) for model in registry.models() for n in model.versions]
-    elif "@" in reference:
-        manifest = registry.resolve(reference)
-        versions = [(manifest.name, manifest.version)]
-    else:
-        versions = [(reference, n) for n in registry.versions(reference)]
-    policy, found = signing.policy(), []
-    for name, version in versions:
-        try:
-            (manifest,) = registry.manifests([(name, version)], fresh=True)
-            registry.check(manifest)
-        except RegistryError as error:
-            found.append(Finding(f"{name}@{version}", str(error)))
-            continue
-        problem = None if manifest.signature else "is not signed"
-        if policy is not None:
-            problem = policy.problem(name, manifest.signature)
-        if signed and problem:
-            found.append(Finding(manifest.reference, problem))
-        told(manifest)
+    compare them with their digests; with `signed` also that it is, by whom the policy asks for.
+
+    Of models also what was done to them and their aliases, and cards that were edited.
+    """
+    if reference is not None and "@" in reference:
+        model, version = registry.placed(reference)
+        return _verify_version(registry, model.name, version, told, signed)
+    _ = registry.settings
+    if reference is not None:
+        check_name(reference)
+    known = listings(registry.store, reference)
+    if reference is not None and not known:
+        registry.model(reference)  # which says what there is instead
+    found = []
+    for name, listing in known.items():
+        damaged, removed = _verify_logs(registry, name, listing)
+        found += damaged
+        for version in listing.versions:
+            if version not in removed:
+                found += _verify_version(registry, name, version, told, signed)
     return found
+
+
+def _verify_logs(registry: Registry, name: str, listing: Listing) -> tuple[list[Finding], set[int]]:
+    """What is wrong with the entries of a model's logs, and the versions that were removed."""
+    found, removed = [], set()
+    for log, numbers in listing.logs.items():
+        folder = f"models/{name}/{log}"
+        for number in numbers:
+            try:
+                entry = logs.read(registry.store, folder, number, fresh=True)
+            except RegistryError as error:
+                found.append(Finding(f"{folder}/{number:08d}.json", str(error)))
+                continue
+            if log.startswith("states/") and number == numbers[-1] and entry.action == "remove":
+                removed.add(int(log.removeprefix("states/")))
+    return found, removed
+
+
+def _verify_version(
+    registry: Registry,
+    name: str,
+    version: int,
+    told: Callable[[Manifest], object],
+    signed: bool,
+) -> list[Finding]:
+    try:
+        (manifest,) = registry.manifests([(name, version)], fresh=True)
+        registry.check(manifest)
+    except RegistryError as error:
+        return [Finding(f"{name}@{version}", str(error))]
+    told(manifest)
+    policy = signing.policy()
+    problem = None if manifest.signature else "is not signed"
+    if policy is not None:
+        problem = policy.problem(name, manifest.signature)
+    return [Finding(manifest.reference, problem)] if signed and problem else []
 
 
 def superfluous(
@@ -83,8 +110,8 @@ def superfluous(
 ) -> list[str]:
     """The versions that no rule keeps, of the models whose names fit: none without a rule.
 
-    What an alias means is always kept. Raises RegistryError if `keep_best` is not lowest:METRIC or
-    highest:METRIC.
+    What an alias means is always kept. Versions that are yanked are neither among the last nor the
+    best. Raises RegistryError if `keep_best` is not lowest:METRIC or highest:METRIC.
     """
     best = re.fullmatch(r"(lowest|highest):(.+)", keep_best) if keep_best else None
     if keep_best and best is None:
@@ -98,29 +125,58 @@ def superfluous(
         if not fnmatch.fnmatchcase(model.name, pattern):
             continue
         kept = {entry.version for entry in model.aliases.values()}
-        kept |= set(model.versions[-keep_last:]) if keep_last else set()
+        good = [n for n in model.versions if n not in model.yanked]
+        kept |= set(good[-keep_last:]) if keep_last else set()
         if best:
             sign = 1 if best[1] == "lowest" else -1
-            read = registry.manifests([(model.name, n) for n in model.versions])
+            read = registry.manifests([(model.name, n) for n in good])
             scored = [(sign * m.metrics[best[2]], m.version) for m in read if best[2] in m.metrics]
             kept |= {min(scored)[1]} if scored else set(model.versions)
         found += [f"{model.name}@{n}" for n in model.versions if n not in kept]
     return found
 
 
-def copy_version(source: Registry, reference: str, destination: Registry) -> Manifest:
-    """Publish a version in another registry, as its next version there, with where it is from.
+def retire(registry: Registry, references: list[str], reason: str) -> list[Finding]:
+    """Remove versions; returns those of which it failed, and why."""
+    found = []
+    for reference in references:
+        try:
+            remove(registry, reference, reason)
+        except RegistryError as error:
+            found.append(Finding(reference, str(error)))
+    return found
 
-    Raises RegistryError as pull and push do.
+
+def copy_version(
+    source: Registry, reference: str, destination: Registry, *, yanked: bool = False
+) -> tuple[Manifest, bool]:
+    """Publish a version in another registry, as its next version there, with where it is from,
+    unless it is there already; returns what it is there, and whether it is new.
+
+    Raises RegistryError as pull and push do, or if both are one registry.
     """
-    manifest = source.resolve(reference)
+    model, manifest = source.located(reference)
+    origin = {
+        "registry": source.location,
+        "registry_id": source.identity(),
+        "version": manifest.reference,
+    }
+    if destination.identity() == source.identity():
+        raise RegistryError(
+            f"{destination.location} is the registry that {manifest.reference} is in; name another"
+        )
+    for found in destination.readable(
+        [(manifest.name, n) for n in destination.numbers(manifest.name)]
+    ):
+        copied = found.metadata.get("copied_from")
+        if isinstance(copied, dict) and {**copied, "registry": source.location} == origin:
+            return found, False
     with tempfile.TemporaryDirectory() as folder:
-        path = source.pull(manifest.reference, folder, everything=True)
+        path = source.pull_version(model, manifest, folder, everything=True, yanked=yanked)
         metrics: dict[str, Any] = dict(manifest.metrics)
         for key, (lower, upper) in manifest.intervals.items():
             metrics[key] = {"value": metrics[key], "lower": lower, "upper": upper}
-        origin = {"registry": source.location, "version": manifest.reference}
-        return destination.push(
+        made = destination.push(
             manifest.name,
             path,
             metrics=metrics,
@@ -129,54 +185,36 @@ def copy_version(source: Registry, reference: str, destination: Registry) -> Man
             samples=[path.parent / f.path for f in manifest.files if f.path.endswith(".png")],
             card=page(source, manifest),
         )
+    return made, True
 
 
-def collect(registry: Registry, *, dry_run: bool = True, grace: timedelta = GRACE) -> list[Garbage]:
-    """Remove the files that no version needs, in two phases.
+def collect(
+    registry: Registry, *, dry_run: bool = True, grace: timedelta = garbage.GRACE
+) -> list[Garbage]:
+    """Remove the files that no version needs, in two phases, and what killed writers have left.
 
-    A file that nobody needs is marked, and removed by a later call when mark and file are older
-    than the grace period by the store's clock. A push that finds its file marked writes it anew
-    (Registry.push), so a file in use is never old enough; and it looks once more after its
-    manifest is there.
+    A file that nobody needs is marked, and removed by a later call when the mark is older than the
+    grace period by the store's clock; see registry.garbage. Raises RegistryError, with nothing
+    removed, if a manifest cannot be read: what it needs is not known.
     """
     store = registry.store
-    registry.names()  # raises if there is no registry
-    now = store.now()
-    marks = {entry.key.removeprefix("garbage/"): entry for entry in store.entries("garbage/")}
-    blobs = [blob for blob in store.entries("blobs/sha256/") if _digest(blob.key)]
-    needed = {blob_key(entry) for manifest in manifests(registry) for entry in manifest.files}
-    found = []
-    for blob in blobs:
-        digest = _digest(blob.key)
-        mark = marks.pop(digest, None)
-        if blob.key in needed:
-            if mark is not None and not dry_run:
-                store.delete(mark.key)
-            continue
-        due = mark is not None and now - max(mark.modified, blob.modified) >= grace
-        found.append(Garbage(blob.key, blob.size, due))
-        if dry_run:
-            continue
-        if due and _still_old(registry, blob, now - grace):
-            store.delete(blob.key)
-            store.delete(f"garbage/{digest}")
-        elif mark is None:
-            store.put_if_absent(f"garbage/{digest}", b"no version needs this file\n")
+    _ = registry.settings  # raises if there is no registry
+    limit = store.now() - grace
+    marks = garbage.marks(store)
+    blobs = {garbage.digest_in(entry.key): entry for entry in store.entries("blobs/sha256/")}
+    # Read last: what a push that began before the marks has published is there by now.
+    versions = [(model.name, n) for model in registry.models() for n in model.versions]
+    needed = {entry.sha256 for made in registry.manifests(versions) for entry in made.files}
+    unneeded = [digest for digest in blobs if digest and digest not in needed]
+    due = {digest for digest in unneeded if digest in marks and marks[digest].modified <= limit}
     if not dry_run:
-        for mark in marks.values():  # of files that are gone
-            store.delete(mark.key)
-    return found
-
-
-def _still_old(registry: Registry, blob: Entry, limit: datetime) -> bool:
-    """Has nobody written it anew since it was listed?"""
-    return all(
-        found.modified <= limit
-        for found in registry.store.entries(blob.key)
-        if found.key == blob.key
-    )
-
-
-def _digest(key: str) -> str:
-    match = re.fullmatch(r"blobs/sha256/[0-9a-f]{2}/([0-9a-f]{64})", key)
-    return match[1] if match else ""
+        for digest in marks:
+            if digest not in unneeded:
+                garbage.unmark(store, digest)
+        for digest in unneeded:
+            if digest not in marks:
+                garbage.mark(store, digest)
+        due = garbage.remove(store, sorted(due), limit)
+    found = [Garbage(blobs[d].key, blobs[d].size, d in due) for d in unneeded]
+    left = store.leftovers(limit, not dry_run)
+    return found + [Garbage(entry.key, entry.size, True) for entry in left]

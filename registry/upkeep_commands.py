@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +31,7 @@ def verify(
     location: str | None,
     as_json: bool,
 ) -> None:
-    """Read every file back and compare it with its digest; exit code 1 if one is wrong.
+    """Read everything back and compare it with its digest; exit code 1 if something is wrong.
 
     \b
     Example:
@@ -39,23 +40,24 @@ def verify(
     """
     from registry.upkeep import verify as examine
 
-    count = 0
+    count, watched = 0, sys.stderr.isatty() and not as_json
 
     def told(manifest: Any) -> None:
         nonlocal count
         count += 1
-        if not as_json:
+        if watched:
             click.echo(f"\r{count} read, last {manifest.reference}", err=True, nl=False)
 
     found = examine(open_named(location), reference, told, require_signature)
-    if not as_json:
+    if watched:
         click.echo("", err=True)
     if as_json:
         print_json([asdict(finding) for finding in found])
     for finding in () if as_json else found:
         click.echo(f"{finding.reference}: {finding.problem}")
     if not found and not as_json:
-        click.echo(f"{count} versions are what was pushed")
+        click.echo("1 version is" if count == 1 else f"{count} versions are", nl=False)
+        click.echo(" what was pushed")
     ctx.exit(1 if found else 0)
 
 
@@ -130,15 +132,19 @@ def rm(reference: str, reason: str, force: bool, location: str | None, as_json: 
     default=24.0,
     show_default=True,
     metavar="HOURS",
-    help="No push takes longer.",
+    help="No push takes longer; less than 1 needs --force.",
 )
+@click.option("--force", is_flag=True, help="Also with so little grace that it can hurt a push.")
 @registry_options
+@click.pass_context
 def gc(
+    ctx: click.Context,
     pattern: str,
     apply: bool,
     keep_last: int | None,
     keep_best: str | None,
     grace: float,
+    force: bool,
     location: str | None,
     as_json: bool,
 ) -> None:
@@ -150,17 +156,27 @@ def gc(
       lora-registry gc --apply
       lora-registry gc 'emoji-*' --keep-last 5 --keep-best lowest:validation_loss --apply
     """
-    from registry.states import remove
-    from registry.upkeep import collect, superfluous
+    from registry.garbage import SHORTEST_GRACE
+    from registry.upkeep import collect, retire, superfluous
 
+    time = timedelta(hours=grace)
+    if apply and time < SHORTEST_GRACE and not force:
+        raise RegistryError(
+            f"--grace {grace:g} can take a file from under a push that takes longer; give 1 hour "
+            "or more, or --force if nobody pushes"
+        )
     registry = open_named(location)
     old = superfluous(registry, pattern, keep_last, keep_best)
-    for reference in old if apply else ():
-        remove(registry, reference, "retention")
-    found = collect(registry, dry_run=not apply, grace=timedelta(hours=grace))
+    rules = {"--keep-last": keep_last, "--keep-best": keep_best}
+    reason = " ".join(["gc", *(f"{rule} {value}" for rule, value in rules.items() if value)])
+    kept = retire(registry, old, reason) if apply else []
+    old = [reference for reference in old if reference not in {k.reference for k in kept}]
+    found = collect(registry, dry_run=not apply, grace=time)
+    for finding in kept:
+        click.echo(f"warning: {finding.reference} is not removed: {finding.problem}", err=True)
     if as_json:
         print_json({"versions": old, "files": [asdict(garbage) for garbage in found]})
-        return
+        ctx.exit(1 if kept else 0)
     for reference in old:
         click.echo(f"{'removed' if apply else 'remove'}  {reference}")
     for garbage in found:
@@ -174,27 +190,44 @@ def gc(
         f"marked for {grace:g} hours",
         err=True,
     )
+    ctx.exit(1 if kept else 0)
 
 
 @click.command()
 @click.argument("reference", metavar="NAME[@VERSION|@ALIAS]")
 @click.argument("destination", metavar="DIR|s3://BUCKET/PREFIX")
+@click.option(
+    "--to-endpoint-url",
+    metavar="URL",
+    help="The S3 server of the other registry. Default: that of this one.",
+)
+@click.option("--force", is_flag=True, help="Also if the version is yanked.")
 @registry_options
-def copy(reference: str, destination: str, location: str | None, as_json: bool) -> None:
-    """Publish a version in another registry too, as its next version there.
+def copy(
+    reference: str,
+    destination: str,
+    to_endpoint_url: str | None,
+    force: bool,
+    location: str | None,
+    as_json: bool,
+) -> None:
+    """Publish a version in another registry too, as its next version there, unless it is there.
 
     \b
     Example:
       lora-registry copy emoji-ink@prod s3://bucket/loras
+      lora-registry copy emoji-ink@prod s3://loras --to-endpoint-url https://other.example.com
     """
     from registry.api import open_registry
     from registry.upkeep import copy_version
 
-    manifest = copy_version(open_named(location), reference, open_registry(destination))
+    other = open_registry(destination, endpoint_url=to_endpoint_url)
+    manifest, new = copy_version(open_named(location), reference, other, yanked=force)
     if as_json:
         print_json(manifest.model_dump(mode="json"))
     else:
-        click.echo(f"{manifest.reference} in {destination}")
+        there = "" if new else " already"
+        click.echo(f"{manifest.reference} in {destination}{there}")
 
 
 @click.command()

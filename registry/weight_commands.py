@@ -19,6 +19,7 @@ from registry.command_line import (
     section,
     table,
 )
+from registry.errors import RegistryError
 
 
 def file_options(command: Command) -> Command:
@@ -133,18 +134,28 @@ def import_(
       lora-registry import final_v1.safetensors final_v3_really.safetensors --name comic
     """
     from registry import importing
+    from weights.files import WeightsError
 
     registry = open_named(location)
     given: dict[str, Any] = {"licence": licence, "tags": [*tags]}
     metadata = {key: value for key, value in given.items() if value}
-    found = []
+    found, failed = [], 0
     for file in importing.in_order(files) if name else files:
-        reference, new = importing.publish(registry, file, name, metadata, ignore_unknown)
+        try:
+            reference, new = importing.publish(registry, file, name, metadata, ignore_unknown)
+        except (RegistryError, WeightsError) as error:
+            if len(files) == 1:
+                raise
+            failed += 1
+            click.echo(f"warning: {error}", err=True)
+            continue
         found.append({"file": str(file), "reference": reference, "new": new})
         if not as_json:
             click.echo(reference if new else f"{reference} is {file} already")
     if as_json:
         print_json(found)
+    if failed:
+        raise RegistryError(f"{failed} of {len(files)} files were not taken; see above")
 
 
 @click.command()

@@ -162,7 +162,12 @@ def test_dependencies_are_what_the_code_imports() -> None:
     foreign -= sys.stdlib_module_names | MAY_IMPORT.keys() | {"assets"}
     foreign -= {"mypy_boto3_s3"}  # types only, with the extra `test`
     needed = {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in foreign}
-    extra = {Requirement(text).name for text in project()["optional-dependencies"]["recipe"]}
+    optional = project()["optional-dependencies"]
+    extra = {
+        canonicalize_name(Requirement(text).name)
+        for name in ("recipe", "tensorboard")
+        for text in optional[name]
+    }
     needed |= {efficientnet.PACKAGE}  # of which the weights are read, and no code is run
     assert {Requirement(text).name for text in project()["dependencies"]} == needed - extra
 

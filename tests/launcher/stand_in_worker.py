@@ -150,7 +150,9 @@ def succeed(attempt: Path, rank_id: int, events: Events) -> None:
             learning_rate=1e-3,
             images_per_second=20.0,
         )
-    save_file({"down": np.ones((2, 2), np.float32)}, attempt / "lora.safetensors")
+    module, matrix = "lora_unet_mid_block_attentions_0_proj_in", np.ones((2, 2), np.float32)
+    tensors = {f"{module}.lora_down.weight": matrix, f"{module}.lora_up.weight": matrix}
+    save_file(tensors, attempt / "lora.safetensors")
     result: dict[str, Any] = {
         "artifact": "lora.safetensors",
         "validation_loss": {"base": 0.5, "lora": 0.4},

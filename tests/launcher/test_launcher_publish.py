@@ -56,7 +56,9 @@ def job(config: Path) -> Job:
     """A job whose LoRA is trained."""
     job = prepare(Request(config, device_target="CPU"), datetime(2025, 1, 2))
     write(job)
-    save_file({"down": np.ones((2, 2), np.float32)}, job.attempt / "lora.safetensors")
+    module, matrix = "lora_unet_mid_block_attentions_0_proj_in", np.ones((2, 2), np.float32)
+    tensors = {f"{module}.lora_down.weight": matrix, f"{module}.lora_up.weight": matrix}
+    save_file(tensors, job.attempt / "lora.safetensors")
     return job
 
 

@@ -327,7 +327,7 @@ def test_runs_that_did_not_come_far(
     page = page_of(tmp_path / "run")
     assert words in page.text
     assert "interrupted" in page.text
-    assert "No pictures were drawn yet." in page.text
+    assert "No pictures were drawn." in page.text
     assert "This run was not evaluated." in page.text
 
 

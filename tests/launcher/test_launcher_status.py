@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from launcher.status import (
     smoothed,
     status_text,
 )
+from tests.launcher.launching import Launch, end, training, until
 
 PLAN = {
     "name": "tiny",
@@ -196,6 +198,21 @@ def test_run_on_another_machine_is_judged_by_its_last_sign(run: Path) -> None:
     assert read_status(run).state == "running"
     os.utime(attempt / "events.jsonl", (1.0, 1.0))
     assert read_status(run).state == "interrupted"
+
+
+def test_live_run_with_the_stand_in(start: Launch, config: Path, tmp_path: Path) -> None:
+    process = start("save", "--devices", "2", config)
+    until(lambda: training(tmp_path), process)
+    (folder,) = (tmp_path / "runs").iterdir()
+    values = json.loads(run_command("status", "--json", folder).stdout)
+    assert (values["state"], values["phase"]) == ("running", "training")
+    assert [rank["phase"] for rank in values["ranks"]] == ["training"] * 2
+    assert all(0 <= rank["age_seconds"] < 30 for rank in values["ranks"])
+    assert "Start worker process" in run_command("logs", folder).stdout
+    process.send_signal(signal.SIGTERM)
+    end(process, tmp_path)
+    found = read_status(folder)
+    assert (found.state, found.detail[:24]) == ("interrupted", "saved after step 4 of 10")
 
 
 def test_steps_that_were_done_again_count_once(run: Path) -> None:

@@ -17,6 +17,14 @@ MakeLora = Callable[..., Path]
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
 
+def save_lora(path: Path, down: np.ndarray, metadata: dict[str, str] | None = None) -> None:
+    """A LoRA of one module with this matrix, as a kohya file."""
+    module = "lora_unet_mid_block_attentions_0_proj_in"
+    up = np.ones((8, len(down)), np.float32)
+    tensors = {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+    save_file(tensors, path, metadata=metadata)
+
+
 @pytest.fixture
 def make_lora(tmp_path: Path) -> MakeLora:
     """Write a small LoRA whose bytes depend on ``seed``."""
@@ -24,7 +32,7 @@ def make_lora(tmp_path: Path) -> MakeLora:
     def make(file_name: str = "lora.safetensors", seed: int = 0) -> Path:
         path = tmp_path / file_name
         weights = np.random.default_rng(seed).standard_normal((4, 8)).astype(np.float32)
-        save_file({"unet.lora_down.weight": weights}, path, metadata={"format": "np"})
+        save_lora(path, weights, {"format": "np"})
         return path
 
     return make

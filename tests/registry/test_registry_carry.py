@@ -12,12 +12,12 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
-from safetensors.numpy import save_file
 
 from registry.aliases import set_alias
 from registry.api import Registry, RegistryError
 from registry.cli import main
 from registry.states import yank
+from tests.registry.conftest import save_lora
 
 HEADER = {
     "ss_network_dim": "16",
@@ -38,7 +38,7 @@ Invoke = Callable[..., Result]
 def told(tmp_path: Path) -> Path:
     """A LoRA whose header tells of it, as kohya's and this project's trainer write it."""
     path = tmp_path / "told.safetensors"
-    save_file({"unet.lora_down.weight": np.zeros((4, 8), np.float32)}, path, metadata=HEADER)
+    save_lora(path, np.zeros((4, 8), np.float32), HEADER)
     return path
 
 

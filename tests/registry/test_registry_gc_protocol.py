@@ -30,10 +30,8 @@ class Client:
     """Where a push or a gc is, and what it knows."""
 
     at: str
-    due: bool = False
-    """gc has seen a mark that is old enough."""
-    there: bool = True
-    """A push need not store the file, gc has one to remove."""
+    due: int | None = None
+    """Which mark gc has seen, if it was old enough."""
     slow: bool = False
     """gc has been announced for so long that it counts as dead."""
 
@@ -48,6 +46,8 @@ class World:
     """An earlier version, which is removed, has left the file."""
     mark: str | None = None
     """None, "young" or "old"."""
+    made: int = 0
+    """How many marks were made before; in a registry its time tells one mark from another."""
     within: frozenset[int] = frozenset()
     """The pushes that have looked at the marks before the mark was made."""
     manifests: frozenset[int] = frozenset()
@@ -79,18 +79,19 @@ class Rules:
     wait: bool = True
     announce: bool = True
     look_again: bool = True
+    same_mark: bool = True
     lease: bool = True
     grace: bool = True
 
 
 def push(world: World, who: int, rules: Rules) -> Iterator[World]:
-    """LIST marks; of a marked file DELETE the mark, LIST announcements until there are none; HEAD
+    """LIST marks; of a marked file DELETE the mark; LIST announcements until there are none; HEAD
     the file, PUT it if it is not there; PUT the manifest."""
-    me = world.clients[who]
+    me, wait = world.clients[who], "wait" if rules.wait else "look"
     if me.at == "marks":
-        yield world.move(who, at="unmark" if world.mark and rules.unmark else "look")
+        yield world.move(who, at="unmark" if world.mark and rules.unmark else wait)
     elif me.at == "unmark":
-        yield replace(world, mark=None).move(who, at="wait" if rules.wait else "look")
+        yield replace(world, mark=None).move(who, at=wait)
     elif me.at == "wait":
         yield world if world.living() else world.move(who, at="look")
     elif me.at == "look":
@@ -102,28 +103,30 @@ def push(world: World, who: int, rules: Rules) -> Iterator[World]:
 
 
 def gc(world: World, who: int, rules: Rules) -> Iterator[World]:
-    """LIST marks, LIST files, LIST manifests; DELETE the mark of a needed file or PUT one on another;
-    if the mark was old: PUT announcement, LIST marks, DELETE the file, the mark, the announcement."""
+    """LIST marks, LIST files, LIST manifests; DELETE the mark of a needed file or PUT one on
+    another; if there was an old one: PUT announcement, LIST marks, DELETE the file, the mark, the
+    announcement."""
     me = world.clients[who]
     if me.at == "marks":
-        yield world.move(who, at="files", due=world.mark == "old")
+        yield world.move(who, at="files", due=world.made if world.mark == "old" else None)
     elif me.at == "files":
         yield world.move(who, at="manifests" if world.blob else DONE)
     elif me.at == "manifests":
         if world.manifests:
             yield world.move(who, at="unmark")
         else:
-            yield world.move(who, at=("announce" if me.due else "mark"))
+            yield world.move(who, at="mark" if me.due is None else "announce")
     elif me.at == "mark":
         if world.mark is None:
-            world = replace(world, mark="young", within=world.looked())
+            world = replace(world, mark="young", made=world.made + 1, within=world.looked())
         yield world.move(who, at=DONE)
     elif me.at == "announce":
         if rules.announce:
             world = replace(world, announced=world.announced | {who})
         yield world.move(who, at="again" if rules.look_again else "delete")
     elif me.at == "again":
-        yield world.move(who, at="delete" if world.mark == "old" else "leave")
+        same = me.due == world.made or not rules.same_mark
+        yield world.move(who, at="delete" if world.mark == "old" and same else "leave")
     elif me.at == "delete":
         if me.slow and rules.lease:
             yield world.move(who, at="leave")

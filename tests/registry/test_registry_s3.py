@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from registry.api import Registry, RegistryError, blob_key, open_registry
 from registry.creation import probe
 from registry.s3 import S3Store
 from tests.registry import servers
+from tests.registry.conftest import save_lora
 from tests.registry.fault_proxy import fault_proxy
 from tests.registry.servers import Server
 
@@ -87,7 +87,7 @@ def large(tmp_path: Path) -> Path:
     """A LoRA of 20 MB, which goes in three parts."""
     path = tmp_path / "large.safetensors"
     weights = np.random.default_rng(1).standard_normal((1250, 4000)).astype(np.float32)
-    save_file({"unet.lora_down.weight": weights}, path)
+    save_lora(path, weights)
     return path
 
 

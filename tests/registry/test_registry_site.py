@@ -27,6 +27,7 @@ from registry.gates import promote
 from registry.pages import edit
 from registry.site_content import look
 from registry.site_style import STYLE
+from registry.site_text import text
 from registry.states import remove, yank
 
 Site = Callable[..., Result]
@@ -41,9 +42,9 @@ def picture(path: Path, size: tuple[int, int] = (8, 4), **texts: str) -> Path:
         return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
     parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))]
-    for key, text in texts.items():
+    for key, words in texts.items():
         key_bytes = key.replace("_", " ").encode()
-        parts.append(chunk(b"iTXt", key_bytes + b"\0\0\0\0\0" + text.encode()))
+        parts.append(chunk(b"iTXt", key_bytes + b"\0\0\0\0\0" + words.encode()))
     row = b"\0" + zlib.crc32(path.name.encode()).to_bytes(3 * size[0], "big")
     parts += [chunk(b"IDAT", zlib.compress(row * size[1])), chunk(b"IEND", b"")]
     path.write_bytes(b"".join(parts))
@@ -242,11 +243,16 @@ def test_names_and_words_of_publishers_stay_text(
     assert "$(" not in pages(out)["loras/ink.html"].replace("'$(", "")
 
 
+def test_what_turns_text_around_is_replaced_and_emoji_stay() -> None:
+    assert text("a\u202eb\x00\ud800") == "a\ufffdb\ufffd\ufffd"
+    assert text("👩\u200d🎤 <é>") == "👩\u200d🎤 &lt;é&gt;"
+
+
 def test_a_prompt_cannot_run_in_a_shell(loras: Registry, lora: Path, site: Site, out: Path) -> None:
     loras.push("ink", lora, metadata={"trigger_words": ["$(rm -rf ~)' `x`"]})
     site()
-    text = Reader(pages(out)["loras/ink.html"]).text
-    assert """--prompt '$(rm -rf ~)'"'"' `x`, a lighthouse'""" in text
+    shown = Reader(pages(out)["loras/ink.html"]).text
+    assert """--prompt '$(rm -rf ~)'"'"' `x`, a lighthouse'""" in shown
 
 
 def test_links_are_relative_and_lead_to_what_was_written(
