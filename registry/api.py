@@ -219,7 +219,8 @@ class Registry:
         """Publish ``file`` as the next version of ``name`` and return its manifest.
 
         The version becomes visible whole, with its manifest, or not at all. Any number of
-        processes can push at once; each gets a version of its own. ``samples`` are PNGs; ``card``
+        processes can push at once; each gets a version of its own. Trigger words and licence in the
+        metadata are written into the header of the file too. ``samples`` are PNGs; ``card``
         is a page in Markdown, written from the facts by default. ``push_id`` is random, unless a
         push that may have been made before is made again.
 
@@ -233,11 +234,12 @@ class Registry:
         check_name(name)
         signing.judge_own(name)
         pictures = tuple(Path(path) for path in samples)
-        made = draft(name, Path(file), metrics, metadata, evaluation, pictures, card, push_id)
+        facts = (metrics, metadata, evaluation, pictures, card, push_id)
         key = signing.own_key()
-        documents.sealed(made.manifest, key)  # not too large
-        self.create()
         with tempfile.TemporaryDirectory() as folder:
+            made = draft(name, Path(file), *facts, Path(folder))
+            documents.sealed(made.manifest, key)  # not too large
+            self.create()
             files = {
                 entry: _on_disk(source, Path(folder, entry.path))
                 for entry, source in zip(made.manifest.files, made.sources, strict=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,13 +43,20 @@ def draft(
     samples: Sequence[Path],
     text: str | None,
     push_id: str | None,
+    folder: Path | None = None,
 ) -> Draft:
     """Look at the files and write the card, unless its text is given.
 
-    Raises RegistryError if a file is not fit to be published, or a value cannot be kept.
+    Where the metadata has trigger words or a licence, and the header of the LoRA has not, a copy
+    with them is made in `folder`, if there is one. Raises RegistryError if a file is not fit to be
+    published, or a value cannot be kept.
     """
     entries = [_entry(name + file.suffix, file)]
     header = _header(file)
+    said = {key: value for key, value in _said(metadata).items() if header.get(key) != value}
+    if folder and said and file.suffix == ".safetensors":
+        file, header = _with_header(file, said, folder / "lora"), {**header, **said}
+        entries = [_entry(entries[0].path, file)]
     pictures = [_entry(_picture_name(name, n), path, _PNG) for n, path in enumerate(samples)]
     values, intervals = _scores(metrics)
     try:
@@ -115,6 +124,32 @@ def _header(file: Path) -> dict[str, str]:
         for key, value in sorted(found.metadata.items())
         if _HEADER_KEYS.match(key) and len(value) <= _LONGEST_HEADER_VALUE
     }
+
+
+def _said(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What other programs read in the header of a LoRA, as far as the metadata says it."""
+    words = metadata.get("trigger_words")
+    found = {
+        "modelspec.trigger_phrase": ", ".join(map(str, words)) if isinstance(words, list) else "",
+        "modelspec.license": metadata.get("licence"),
+    }
+    return {key: value for key, value in found.items() if value and isinstance(value, str)}
+
+
+def _with_header(file: Path, said: Mapping[str, str], path: Path) -> Path:
+    """A copy of a safetensors file with more in its header; the tensors are the same bytes.
+
+    The format: 8 bytes with the length of the header, the header as JSON, padded to a multiple of 8
+    bytes, the tensors.
+    """
+    with os_errors(f"write a copy of {file}"), file.open("rb") as source, path.open("wb") as target:
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        metadata = {**header.pop("__metadata__", {}), **said}
+        text = json.dumps({"__metadata__": metadata, **header}, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        target.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(source, target)
+    return path
 
 
 def _scores(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,11 +1,12 @@
 """How gc takes files away without taking one from under a push: both sides of the protocol.
 
 A file that no version needs is marked. Once the mark is older than the grace period gc announces
-itself, looks at the marks once more, removes the files whose old marks are still there, and takes
-the announcement away. A push takes the marks of its files away before it stores them, and then,
-marks or not (somebody else may have taken one away), waits until no gc is announced. So either gc
-misses the mark, or the push sees gc and stores its file after it. A file without a mark is safe for
-the grace period, which is longer than a push needs from its look at the marks to its manifest.
+that it removes the file, looks at the marks once more, removes it if its old mark is still there,
+and takes the announcement away. A push takes the marks of its files away before it stores them, and
+then, marks or not (somebody else may have taken one away), waits until the removal of none of them
+is announced. So either gc misses the mark, or the push sees gc and stores its file after it. A file
+without a mark is safe for the grace period, which is longer than a push needs from its look at the
+marks to its manifest.
 
 tests/registry/test_registry_gc_protocol.py follows this through every order of requests.
 """
@@ -29,6 +30,8 @@ SHORTEST_GRACE = timedelta(hours=1)
 
 _HOLD_SECONDS = 60.0
 """So long gc removes files under one announcement."""
+_MOST = 1000
+"""Files of one announcement."""
 _DEAD = timedelta(minutes=15)
 """An announcement older than this is that of a gc that was killed: until then a request that it
 made before `_HOLD_SECONDS` were over may still be tried again."""
@@ -54,11 +57,10 @@ def unmark(store: Store, sha256: str) -> None:
 def spare(store: Store, sha256s: Collection[str]) -> None:
     """From now on no gc removes these files before the grace period is over; those that it has
     marked it may have removed."""
-    marked = set(sha256s).intersection(store.names("garbage"))
-    for sha256 in marked:
+    wanted, said = set(sha256s), False
+    for sha256 in wanted.intersection(store.names("garbage")):
         unmark(store, sha256)
-    said = False
-    while _announced(store):
+    while not wanted.isdisjoint(_announced(store)):
         if not said:
             _log.warning("waiting for a gc that may be removing what is pushed")
         said = True
@@ -66,7 +68,7 @@ def spare(store: Store, sha256s: Collection[str]) -> None:
 
 
 def remove(store: Store, sha256s: Sequence[str], limit: datetime) -> set[str]:
-    """Remove the files whose marks are from before `limit` now that it is announced; returns them.
+    """Announce it and remove the files whose marks are from before `limit` then; returns them.
 
     Raises RegistryError if the store fails; the announcement is then left to grow old, since what
     was asked for may still happen.
@@ -74,23 +76,25 @@ def remove(store: Store, sha256s: Sequence[str], limit: datetime) -> set[str]:
     removed, waiting = set(), list(sha256s)
     while waiting:
         own, last = f"collecting/{uuid.uuid4().hex}", time.monotonic() + _HOLD_SECONDS
-        store.put_if_absent(own, b"files are being removed\n")
-        found, before = marks(store), len(waiting)
-        while waiting and time.monotonic() < last:
-            sha256 = waiting.pop()
+        batch, done = waiting[:_MOST], 0
+        store.put_if_absent(own, "\n".join(batch).encode())
+        found = marks(store)
+        while done < len(batch) and time.monotonic() < last:
+            sha256 = batch[done]
             if sha256 in found and found[sha256].modified <= limit:
                 store.delete(blob_key(sha256))
                 unmark(store, sha256)
                 removed.add(sha256)
+            done += 1
         store.delete(own)
-        if len(waiting) == before:
+        waiting = waiting[done:]
+        if not done:
             raise RegistryError(
                 f"the registry {store.location} takes more than {_HOLD_SECONDS:.0f} s for a few "
                 "requests, too long to remove files safely; try again later"
             )
-    for entry in store.entries("collecting/"):
-        if store.now() - entry.modified > _DEAD:
-            store.delete(entry.key)
+    for entry in _announcements(store, living=False):
+        store.delete(entry.key)
     return removed
 
 
@@ -105,6 +109,13 @@ def digest_in(key: str) -> str:
     return match[1] if match else ""
 
 
-def _announced(store: Store) -> bool:
+def _announced(store: Store) -> set[str]:
+    """The files of which a gc that may be alive has announced that it removes them."""
+    found = (store.read(entry.key, fresh=True) for entry in _announcements(store, living=True))
+    return {sha256 for data in found if data for sha256 in data.decode().split()}
+
+
+def _announcements(store: Store, living: bool) -> list[Entry]:
     found = list(store.entries("collecting/"))
-    return bool(found) and store.now() - max(entry.modified for entry in found) <= _DEAD
+    now = store.now() if found else None
+    return [entry for entry in found if now and (now - entry.modified <= _DEAD) is living]

@@ -27,7 +27,7 @@ from registry.errors import RegistryError, os_errors
 from registry.s3_client import ONCE, THREADS, Place, content_md5, make_client
 from registry.s3_errors import code_of, s3_errors, status_of
 from registry.settings import Settings
-from registry.store import MAX_DOCUMENT_BYTES, Entry, FolderStore, Progress, silent
+from registry.store import AT_WORK, MAX_DOCUMENT_BYTES, Entry, FolderStore, Progress, silent
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -136,9 +136,10 @@ class S3Store:
             with os_errors("read the cache"), contextlib.suppress(FileNotFoundError):
                 return path.read_bytes()
         if self.cache.offline:
+            what = "anything" if key == "registry.json" else key
             raise RegistryError(
-                f"{'nothing' if key == 'registry.json' else key} of {self.place.words} is in the "
-                f"cache {self.cache.folder}; ask for it once without --offline"
+                f"the cache {self.cache.folder} does not have {what} of {self.place.words}; ask "
+                "for it once without --offline"
             )
         data = self._get(key)
         if path is not None and data is not None:
@@ -285,6 +286,7 @@ class S3Store:
 
     def leftovers(self, before: datetime, remove: bool) -> list[Entry]:
         """See Store: uploads that nobody goes on with, and keys of probes and claims."""
+        before = min(before, self.now() - AT_WORK)
         found = [
             entry
             for folder in ("probe/", "claims/")
@@ -338,7 +340,7 @@ class S3Store:
         self._put(self._variant(ONCE), key, data, conditions)
 
     def _put(self, client: S3Client, key: str, data: bytes, conditions: dict[str, str]) -> None:
-        client.put_object(
+        answer = client.put_object(
             Bucket=self.place.bucket,
             Key=self._key(key),
             Body=data,
@@ -346,7 +348,7 @@ class S3Store:
             **conditions,  # type: ignore[arg-type]
             **self._protection(key),
         )
-        self._check_protected(key)
+        self._check_protected(key, answer.get("ServerSideEncryption"))
 
     def _protection(self, key: str) -> dict[str, Any]:
         """What a PUT asks for: encryption and lock."""
@@ -483,20 +485,21 @@ class S3Store:
                     return None
                 raise
 
-    def _check_protected(self, key: str) -> None:
-        """Asked of the object and its lock: some servers say yes to whatever was sent with it."""
+    def _check_protected(self, key: str, *answers: str | None) -> None:
+        """Asked of the object and its lock too: of what was sent with a PUT, some servers say that
+        they did it in the answer and others later, and do not."""
         from botocore.exceptions import ClientError
 
         asked = self._protection(key)
         encryption, lock = asked.get("ServerSideEncryption"), asked.get("ObjectLockMode")
         if encryption:
             head = self._head(key)
-            said = head.get("ServerSideEncryption") if head else None
-            if said != encryption:
-                raise RegistryError(
-                    f"{self.place.words}: {key} was to be encrypted with {encryption}, and the "
-                    f"server does {said or 'nothing'}; set up its keys, or use another one"
-                )
+            for said in (*answers, head.get("ServerSideEncryption") if head else None):
+                if said != encryption:
+                    raise RegistryError(
+                        f"{self.place.words}: {key} was to be encrypted with {encryption}, and the "
+                        f"server does {said or 'nothing'}; set up its keys, or use another one"
+                    )
         if lock:
             mode = None
             with contextlib.suppress(ClientError):

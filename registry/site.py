@@ -79,7 +79,7 @@ class Lora:
     @property
     def head(self) -> Version:
         """The version that stands for the model: the newest that is not yanked."""
-        return next((v for v in self.versions if v.number == self.model.newest), self.versions[0])
+        return next((v for v in self.versions if v.yanked is None), self.versions[0])
 
 
 @dataclass(frozen=True)

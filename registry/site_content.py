@@ -3,32 +3,30 @@ pictures, cards and logs, and nothing else."""
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict
 
-from registry import logs
+from registry import logs, signing
 from registry.api import Registry, blob_key
 from registry.card import card
 from registry.errors import RegistryError, os_errors
 from registry.logs import LogEntry
 from registry.manifest import FileEntry, Manifest
-from registry.models import Model, in_parallel, models
+from registry.models import Model, in_parallel, listings
 from registry.site import Lora, Picture, Version
 from registry.states import Event
 
-_LOG = re.compile(
-    r"models/(?P<name>[^/]+)/(?P<log>(?:states|cards)/[0-9]{8}|aliases/[^/]+|events)/"
-    r"(?P<number>[0-9]{8})\.json"
-)
 _EVENTS = 50
 """So many of a model are shown, the newest."""
 _CAPTIONS, _LONGEST_CAPTION = 16, 400
 _PNG = b"\x89PNG\r\n\x1a\n"
+
+_log = logging.getLogger("lora-registry")
 
 Advance = Callable[[int], object]
 """Is told how many more are done."""
@@ -90,30 +88,43 @@ def read(
     `begin` is told the number of models and gives what is told that one is done. Raises
     RegistryError if there is no registry, or a manifest or log cannot be read.
     """
-    _ = registry.settings
-    found = [model for model in models(registry.store) if model.versions]
-    numbers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for entry in registry.store.entries("models/") if found else ():
-        if match := _LOG.fullmatch(entry.key):
-            numbers[match["name"]][match["log"]].append(int(match["number"]))
+    found = registry.models()
+    listed = listings(registry.store)
     advance = begin(len(found))
 
-    def one(model: Model) -> Shown:
-        shown = _shown(registry, model, most, numbers[model.name])
+    def one(model: Model) -> Shown | None:
+        shown = _shown(registry, model, most, listed[model.name].logs)
         advance(1)
         return shown
 
-    return in_parallel(one, found)
+    return [shown for shown in in_parallel(one, found) if shown is not None]
 
 
-def _shown(registry: Registry, model: Model, most: int, numbers: dict[str, list[int]]) -> Shown:
-    wanted = {entry.version for entry in model.aliases.values()} & set(model.versions)
+def _shown(
+    registry: Registry, model: Model, most: int, numbers: dict[str, list[int]]
+) -> Shown | None:
+    """What of a model the policy lets count, None if that is nothing."""
+    name = model.name
+    aliases = {
+        alias: entry
+        for alias, entry in model.aliases.items()
+        if _allowed(f"{name}@{alias}", name, entry.signature, alias)
+    }
+    model = replace(model, aliases=aliases)
+    wanted = {entry.version for entry in aliases.values()} & set(model.versions)
     wanted |= {*model.versions[-most:], model.newest or model.versions[-1]}
     order = sorted((number for number in wanted if number is not None), reverse=True)
-    manifests = [registry.manifests([(model.name, number)])[0] for number in order]
-    head = next((m for m in manifests if m.version == model.newest), manifests[0])
+    manifests = [
+        manifest
+        for number in order
+        for manifest in registry.manifests([(name, number)])  # several models at a time are enough
+        if _allowed(manifest.reference, name, manifest.signature)
+    ]
+    if not manifests:
+        return None
+    head = next((m for m in manifests if m.version not in model.yanked), manifests[0])
     text, problem = _card(registry, head, numbers.get(f"cards/{head.version:08d}", []))
-    events = sorted(_events(registry, model.name, manifests, numbers), key=lambda e: e.at)
+    events = sorted(_events(registry, name, manifests, numbers), key=lambda e: e.at)
     return Shown(
         model,
         tuple(manifests),
@@ -124,11 +135,21 @@ def _shown(registry: Registry, model: Model, most: int, numbers: dict[str, list[
     )
 
 
+def _allowed(words: str, name: str, signature: str | None, alias: str | None = None) -> bool:
+    """Does the policy let it count? Says why not, on the way."""
+    try:
+        signing.judge(words, name, signature, alias)
+    except RegistryError as error:
+        _log.warning("warning: %s; it is not shown", error)
+        return False
+    return True
+
+
 def _card(registry: Registry, manifest: Manifest, edits: list[int]) -> tuple[str, str]:
     """The page of a version as it is now, and what keeps it from being read."""
-    if edits:
-        folder = f"models/{manifest.name}/cards/{manifest.version:08d}"
-        return str(logs.read(registry.store, folder, max(edits)).facts.get("card", "")), ""
+    folder = f"models/{manifest.name}/cards/{manifest.version:08d}"
+    if edit := logs.newest(registry.store, folder, edits):
+        return str(edit.facts.get("card", "")), ""
     entry = next((file for file in manifest.files if file.path == f"{manifest.name}.md"), None)
     if entry is None:
         return "", ""
@@ -149,7 +170,7 @@ def _events(
         kind, _, of = log.partition("/")
         if kind == "cards":
             of = str(int(of))
-        for number in sorted(numbers[log])[-_EVENTS:]:
+        for number in numbers[log][-_EVENTS:]:
             entry = logs.read(registry.store, f"models/{name}/{log}", number)
             yield Event(entry.at, entry.by, _said(entry, name, kind, of), entry.reason)
 

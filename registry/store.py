@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 MAX_DOCUMENT_BYTES = 1 << 20
 """No document is larger."""
+
+AT_WORK = timedelta(hours=1)
+"""So long a writer may be at one object; what it has begun is not left over."""
 
 Progress = Callable[[int], object]
 """Is called with the number of bytes that have come further."""
@@ -121,7 +124,8 @@ class Store(Protocol):
 
     def leftovers(self, before: datetime, remove: bool) -> list[Entry]:
         """What writers that were killed have left, and was written before a time by the store's
-        clock; it is removed if so told. Nobody sees it otherwise, and it takes room."""
+        clock and before what may be at work; it is removed if so told. Nobody sees it otherwise,
+        and it takes room."""
 
     def probe(self) -> dict[str, Any]:
         """What the store was found to do, in words. Raises ``RegistryError`` if it cannot be
@@ -264,6 +268,7 @@ class FolderStore:
             (self.folder / key).unlink(missing_ok=True)
 
     def leftovers(self, before: datetime, remove: bool) -> list[Entry]:
+        before = min(before, self.now() - AT_WORK)
         found = [
             entry
             for entry in (*self._files("", is_temporary), *self.entries("probe/"))

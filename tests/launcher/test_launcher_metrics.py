@@ -209,9 +209,9 @@ def test_over_tls(tmp_path: Path) -> None:
             connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=20)
             connection.request("GET", "/readyz")
             assert connection.getresponse().status == 200
-    with pytest.raises(LaunchError, match="--metrics-certificate"):
-        with served(lambda: b"", lambda: True, certificate=tmp_path / "none.pem"):
-            pass
+    missing = served(lambda: b"", lambda: True, certificate=tmp_path / "none.pem")
+    with pytest.raises(LaunchError, match="--metrics-certificate"), missing:
+        pass
 
 
 def test_a_port_that_is_taken() -> None:
@@ -222,9 +222,9 @@ def test_a_port_that_is_taken() -> None:
             pass
         assert said[0].startswith(f"warning: --metrics-port {port}: cannot listen on 127.0.0.1")
         assert said[0].endswith("training goes on without")
-        with pytest.raises(LaunchError, match=f"--metrics-port {port}"):
-            with observed(Scraping(port, required=True), said.append):
-                pass
+        required = observed(Scraping(port, required=True), said.append)
+        with pytest.raises(LaunchError, match=f"--metrics-port {port}"), required:
+            pass
 
 
 def test_a_token_that_cannot_be_read(tmp_path: Path) -> None:
@@ -232,9 +232,9 @@ def test_a_token_that_cannot_be_read(tmp_path: Path) -> None:
     for content in (None, b"", b"\xff\xfe"):
         if content is not None:
             token.write_bytes(content)
-        with pytest.raises(LaunchError, match="--metrics-token-file"):
-            with observed(Scraping(0, token_file=token, required=True), lambda text: None):
-                pass
+        required = observed(Scraping(0, token_file=token, required=True), print)
+        with pytest.raises(LaunchError, match="--metrics-token-file"), required:
+            pass
 
 
 def test_metrics_are_sent_to_a_gateway_at_the_end(job: Job, course: Course) -> None:

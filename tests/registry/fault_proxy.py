@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 DROP, CUT, DELAY, REPEAT = "drop", "cut", "delay", "repeat"
 BUSY, SPOIL_REQUEST, SPOIL_ANSWER, TRUNCATE = "busy", "spoil request", "spoil answer", "truncate"
-SKEW = "skew"
+SKEW, LATE = "skew", "late"
 ALL = dict.fromkeys((DROP, CUT, DELAY, REPEAT, BUSY, SPOIL_REQUEST, SPOIL_ANSWER, TRUNCATE), 1)
 """Every fault that can come and go, by how often it comes."""
 
@@ -24,6 +24,7 @@ _SKEWED = (
     b"<?xml version='1.0'?><Error><Code>RequestTimeTooSkewed</Code><Message>The difference between "
     b"the request time and the current time is too large.</Message></Error>"
 )
+_TIMEOUT = b"<html><body>504 Gateway Time-out</body></html>"
 _NOT_IMPLEMENTED = (
     b"<?xml version='1.0'?><Error><Code>NotImplemented</Code><Message>A header you provided "
     b"implies functionality that is not implemented.</Message></Error>"
@@ -48,6 +49,12 @@ class FaultProxy:
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self.endpoint_url = ""
+        self.chosen: list[tuple[str, str, str, int]] = []
+        """Faults of chosen requests: method, part of the URL, fault, and how often it still comes."""
+        self.late: list[tuple[str, str, dict[str, str], bytes]] = []
+        """Requests that were answered with 504 and can still be followed: see `land`."""
+        self.echoes = False
+        """An answer to a PUT says that the object is encrypted as was asked, whether it is or not."""
         self.own_condition: str | None = None
         """A header that forbids to overwrite, in place of If-None-Match, which is then refused."""
 
@@ -55,6 +62,11 @@ class FaultProxy:
         """A fault or none, and a random number for it."""
         with self._lock:
             self.requests[method] += 1
+            for place, (wanted, part, fault, times) in enumerate(self.chosen):
+                if method == wanted and part in path and times:
+                    self.chosen[place] = (wanted, part, fault, times - 1)
+                    self.done[fault] += 1
+                    return fault, 0.0
             if not self.faults or self._random.random() >= self.share:
                 return None, 0.0
             found = self._random.choices([*self.faults], [*self.faults.values()])[0]
@@ -63,6 +75,15 @@ class FaultProxy:
                 return None, 0.0  # a listing has no digest, by which it could be seen
             self.done[found] += 1
             return found, self._random.random()
+
+    def land(self) -> None:
+        """Let the requests come to pass that a gateway still had in hand."""
+        for method, path, headers, body in self.late:
+            connection = http.client.HTTPConnection(self.upstream, timeout=120)
+            connection.request(method, path, body or None, headers)
+            assert connection.getresponse().status == 200
+            connection.close()
+        self.late = []
 
 
 @contextmanager
@@ -116,6 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == SKEW:
             self._answer(403, [("Content-Type", "application/xml")], _SKEWED)
             return
+        if fault == LATE:
+            self.proxy.late = [(self.command, self.path, dict(self.headers.items()), body)]
+            self._answer(504, [("Content-Type", "text/html")], _TIMEOUT)
+            return
         if fault == SPOIL_REQUEST and body:
             body = _spoilt(body, chance)
         if self.proxy.own_condition and self.headers.get("If-None-Match"):
@@ -125,6 +150,9 @@ class _Handler(BaseHTTPRequestHandler):
         if status == 412 and self.proxy.own_condition:
             self._answer(409, [("Content-Type", "application/xml")], _EXISTS)
             return
+        encryption = self.headers.get("x-amz-server-side-encryption")
+        if self.proxy.echoes and self.command == "PUT" and encryption:
+            headers = [*headers, ("x-amz-server-side-encryption", encryption)]
         if fault == REPEAT:
             status, headers, content = self._forward(body)
         if fault == CUT:

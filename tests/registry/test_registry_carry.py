@@ -12,12 +12,14 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.numpy import load_file
 
 from registry.aliases import set_alias
-from registry.api import Registry, RegistryError
+from registry.api import Registry, RegistryError, blob_key, open_registry
 from registry.cli import main
 from registry.states import yank
 from tests.registry.conftest import save_lora
+from weights import files
 
 HEADER = {
     "ss_network_dim": "16",
@@ -84,6 +86,26 @@ def test_pictures_and_card_are_pulled_if_asked_for(
     assert (all_ / "ink.2.png").read_bytes() == pictures[1].read_bytes()
 
 
+def test_all_or_nothing_is_pulled(
+    loras: Registry,
+    told: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    folder: Path,
+    damage: Callable[[Path], None],
+) -> None:
+    manifest, out = loras.push("ink", told, samples=pictures), tmp_path / "out"
+    out.mkdir()
+    (out / manifest.files[-1].path).write_text("mine")
+    with pytest.raises(RegistryError, match="exists and is not that of"):
+        loras.pull("ink", out, everything=True)
+    assert [path.name for path in out.iterdir()] == [manifest.files[-1].path]
+    damage(folder / blob_key(manifest.files[-1]))
+    with pytest.raises(RegistryError, match="is damaged"):
+        loras.pull("ink", out, True, everything=True)
+    assert [path.name for path in out.iterdir()] == [manifest.files[-1].path]
+
+
 def test_the_card_says_the_facts_to_people_and_programs(
     invoke: Invoke, told: Path, pictures: list[Path]
 ) -> None:
@@ -129,6 +151,24 @@ def test_a_card_of_ones_own_and_its_revisions(invoke: Invoke, told: Path, tmp_pa
 def test_the_header_is_known_without_being_told(loras: Registry, told: Path) -> None:
     manifest = loras.push("ink", told)
     assert set(manifest.header) == set(HEADER) - {"modelspec.thumbnail", "unknown"}
+
+
+def test_what_is_said_of_it_is_in_its_header_too(
+    invoke: Invoke, loras: Registry, told: Path, tmp_path: Path
+) -> None:
+    before = told.read_bytes()
+    words = ("--trigger", "brush", "--trigger", "ink, wet", "--licence", "mit")
+    assert invoke("push", told, "ink", *words).exit_code == 0
+    path = loras.pull("ink@1", tmp_path / "out")
+    metadata, tensors = files.metadata(path), load_file(path)
+    assert metadata["modelspec.trigger_phrase"] == "brush, ink, wet"
+    assert metadata["modelspec.license"] == "mit"
+    assert {**metadata, **HEADER} == {**files.metadata(told), **HEADER}
+    assert all(np.array_equal(tensors[key], value) for key, value in load_file(told).items())
+    assert told.read_bytes() == before
+    # What it says already leaves its bytes alone.
+    assert invoke("push", path, "ink", *words).exit_code == 0
+    assert loras.resolve("ink@2").files[0] == loras.resolve("ink@1").files[0]
 
 
 def test_show_answers_whether_it_can_be_used(
@@ -210,8 +250,6 @@ def test_copy_takes_everything_along(
     told_as(invoke, told, pictures)
     other = tmp_path / "other"
     assert invoke("copy", "ink@1", other).exit_code == 0
-    from registry.api import open_registry
-
     copied = open_registry(str(other)).resolve("ink")
     assert [file.path for file in copied.files] == [
         "ink.safetensors",
@@ -221,6 +259,7 @@ def test_copy_takes_everything_along(
     ]
     assert copied.metadata["copied_from"] == {
         "registry": str(tmp_path / "registry"),
+        "registry_id": open_registry(str(tmp_path / "registry")).settings.id,
         "version": "ink@1",
     }
 

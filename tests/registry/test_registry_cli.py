@@ -226,7 +226,8 @@ def test_empty_list(invoke: Invoke, folder: Path) -> None:
 def test_show(invoke: Invoke, loras: Registry, lora: Path) -> None:
     lineage = {"base": "sd15", "config": {"rank": 4}, "note": "two\nlines", "steps": 200}
     manifest = loras.push("ink", lora, metrics={"fid": 41.5}, metadata=lineage)
-    lines = [line.split() for line in invoke("show", "ink@1").stdout.splitlines()]
+    assert "metadata" not in invoke("show", "ink@1").stdout
+    lines = [line.split() for line in invoke("show", "ink@1", "--all").stdout.splitlines()]
     assert lines[0] == ["ink@1"]
     for expected in (
         ["ink.safetensors", f"{lora.stat().st_size}", "B", manifest.files[0].sha256],

@@ -65,6 +65,9 @@ def test_comparison_and_history(invoke: Invoke, three: Registry) -> None:
     assert "config.lora.rank  4  8" in shown
     found = json.loads(invoke("compare", "ink@1", "ink@2", "--json").stdout)
     assert found["metrics"] == {"kid": [4.0, 3.0]}
+    assert found["measuring_unsaid"] == ["kid"]
+    warned = invoke("compare", "ink@1", "ink@2").stderr
+    assert "nothing says how kid was measured, of neither" in warned
     lines = invoke("history", "ink", "kid").stdout.splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [
         ["ink@1", "4"],
@@ -86,13 +89,25 @@ def test_upkeep(
     assert invoke("unyank", "ink@3").stdout == "ink@3 is no longer yanked\n"
     assert invoke("rm", "ink@3").stdout == "ink@3 is removed\n"
     assert invoke("gc", "--apply").stdout.startswith("wait")
-    assert invoke("gc", "--apply", "--grace", "0").stdout.startswith("remove")
+    refused = invoke("gc", "--apply", "--grace", "0.5", code=2)
+    assert "--grace 0.5 can take a file from under a push" in refused.stderr
+    assert invoke("gc", "--apply", "--grace", "0", "--force").stdout.startswith("remove")
     assert invoke("gc").stdout == ""
     other = tmp_path / "other"
     assert invoke("copy", "ink@2", other).stdout == f"ink@1 in {other}\n"
     copied = open_registry(str(other)).resolve("ink@1")
     assert copied.metrics == {"kid": 3.0}
-    assert copied.metadata["copied_from"] == {"registry": str(folder), "version": "ink@2"}
+    assert copied.metadata["copied_from"] == {
+        "registry": str(folder),
+        "registry_id": three.settings.id,
+        "version": "ink@2",
+    }
+    assert invoke("copy", "ink@2", other).stdout == f"ink@1 in {other} already\n"
+    assert "is the registry that ink@2 is in" in invoke("copy", "ink@2", folder, code=2).stderr
+    invoke("yank", "ink@2", "--reason", "too dark")
+    third = tmp_path / "third"
+    assert "is yanked: too dark" in invoke("copy", "ink@2", third, code=2).stderr
+    assert invoke("copy", "ink@2", third, "--force").stdout == f"ink@1 in {third}\n"
     damage(next(path for path in (folder / "blobs").rglob("*") if path.is_file()))
     assert "is damaged" in invoke("verify", code=1).stdout
 

@@ -291,6 +291,16 @@ def test_a_gc_that_fails_leaves_its_announcement_to_grow_old(
     assert not announcement.exists()
 
 
+def test_a_push_of_other_files_does_not_wait(
+    due: Due, loras: Registry, make_lora: Callable[..., Path]
+) -> None:
+    other = make_lora("third.safetensors", seed=3)
+    due.gc.before["DELETE blobs/"] = lambda: loras.push("oil", other, card="# oil")
+    collect(Registry(due.gc), dry_run=False)
+    assert loras.versions("oil") == [1]
+    assert not due.blob.exists()
+
+
 def test_a_push_that_took_long_looks_again(
     due: Due, monkeypatch: pytest.MonkeyPatch, loras: Registry, make_lora: Callable[..., Path]
 ) -> None:

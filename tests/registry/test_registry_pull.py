@@ -126,7 +126,7 @@ def test_missing_blob(
 
 def test_out_is_a_file(loras: Registry, lora: Path) -> None:
     loras.push("ink", lora)
-    with pytest.raises(RegistryError, match=r"cannot pull ink@1: .*"):
+    with pytest.raises(RegistryError, match=r"cannot pull ink@1, \d+ B, into .*: .*"):
         loras.pull("ink", lora)
 
 

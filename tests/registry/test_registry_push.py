@@ -3,15 +3,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pickle
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from registry.api import FileEntry, Registry, RegistryError, open_registry
 from registry.store import FolderStore
+from weights import lora_files
+from weights.lora import Adapter
 
 
 def test_manifest_tells_what_was_pushed(loras: Registry, lora: Path) -> None:
@@ -74,8 +79,52 @@ def test_stored_files_are_read_only(loras: Registry, lora: Path, folder: Path) -
 
 def test_other_weight_formats_are_kept_as_they_are(loras: Registry, tmp_path: Path) -> None:
     checkpoint = tmp_path / "step-200.ckpt"
-    checkpoint.write_bytes(b"not safetensors")
+    matrix = np.ones((4, 4), np.float32)
+    adapters = {
+        "unet": {
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": Adapter(matrix, matrix, 4.0)
+        }
+    }
+    lora_files.write(checkpoint, adapters, {}, "mindone")
     assert loras.push("ink", checkpoint).files[0].path == "ink.ckpt"
+
+
+_DOWN = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.ckpt", pickle.dumps({"a": 1}), "pickle"),
+        ("x.safetensors", {"first_stage_model.x": np.ones(1, np.float32)}, "is a base model"),
+        ("x.safetensors", {"words": np.ones((4, 4), np.float32)}, "found no LoRA in this file"),
+        ("x.safetensors", {_DOWN: np.ones((4, 4), np.float32)}, "has no up matrix"),
+        ("x.safetensors", {_DOWN: np.full((4, 4), np.nan, np.float32)}, "NaN or infinite"),
+    ],
+)
+def test_what_is_no_lora_is_refused(
+    loras: Registry, tmp_path: Path, folder: Path, name: str, content: Any, message: str
+) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_file(content, path)
+    with pytest.raises(RegistryError, match=message):
+        loras.push("ink", path)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("metric", ["", " ", "kid\x1b[31m"])
+def test_a_metric_has_a_name(loras: Registry, lora: Path, metric: str) -> None:
+    with pytest.raises(RegistryError, match="is no name of a metric"):
+        loras.push("ink", lora, metrics={metric: 1.0})
+
+
+def test_words_about_scores_that_do_not_fit(loras: Registry, lora: Path) -> None:
+    with pytest.raises(RegistryError) as caught:
+        loras.push("ink", lora, metrics={"kid": {"value": 3, "lower": 4, "upper": 5}})
+    assert "intervals: kid is 3 and not within 4 to 5; correct it" in str(caught.value)
 
 
 def test_pushing_again_repairs_a_damaged_blob(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from registry import queue
-from registry.api import Registry, RegistryError, open_registry
+from registry.api import Manifest, Registry, RegistryError, open_registry
 from registry.cli import main
+from registry.s3 import S3Store
+from registry.upkeep import collect
 
 Invoke = Callable[..., Result]
+OFFLINE = {"LORA_REGISTRY_OFFLINE": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +59,15 @@ def test_a_push_waits_and_is_sent(invoke: Invoke, lora: Path, folder: Path, cach
     assert result.exit_code == 0, result.stderr
     assert "send it with: lora-registry sync" in result.stderr
     assert not folder.exists()
-    content = lora.read_bytes()
+    tensors = load_file(lora)
     lora.unlink()  # a copy waits
     another = CliRunner().invoke(main, ["sync", "--registry", str(folder.parent / "another")])
     assert "nothing waits for" in another.stderr
     assert invoke("sync").stdout == "ink@1\n"
     manifest = open_registry(str(folder)).resolve("ink@1")
     assert manifest.metadata == {"trigger_words": ["brush"]}
-    assert open_registry(str(folder)).fetch("ink")[0].read_bytes() == content
+    sent = load_file(open_registry(str(folder)).fetch("ink")[0])
+    assert all(np.array_equal(sent[key], value) for key, value in tensors.items())
     assert "nothing waits for" in invoke("sync").stderr
     assert not any((cache / "queue").iterdir())
 
@@ -71,10 +77,122 @@ def test_a_sync_that_was_cut_off_publishes_once(
 ) -> None:
     assert invoke("push", lora, "ink", "--later").exit_code == 0
     assert invoke("push", lora, "ink", "--later").exit_code == 0
-    first, _ = queue.waiting(str(folder))
+    (first, _), _ = queue.waiting(loras)
     assert queue.send(loras, first).reference == "ink@1"  # and ended before it was taken away
     assert json.loads(invoke("sync", "--json").stdout) == ["ink@1", "ink@2"]
     assert loras.versions("ink") == [1, 2]
+
+
+SYNC_WHEN_TOLD = """
+import sys
+from registry.cli import main
+from weights import files  # the slow import comes before the start
+print("ready", flush=True)
+sys.stdin.readline()
+main(["sync", "--registry", sys.argv[1]])
+"""
+
+
+def test_two_syncs_at_once_publish_once(
+    invoke: Invoke,
+    make_lora: Callable[..., Path],
+    folder: Path,
+    loras: Registry,
+    spawn: Callable[..., subprocess.Popen[str]],
+) -> None:
+    for seed in range(6):
+        assert invoke("push", make_lora(seed=seed), "ink", "--later").exit_code == 0
+    syncs = [spawn(SYNC_WHEN_TOLD, folder) for _ in range(3)]
+    for process in syncs:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in syncs:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said: list[str] = []
+    for process in syncs:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+        said += output.split()
+    expected = [f"ink@{number}" for number in range(1, 7)]
+    assert sorted(said) == expected
+    assert len({m.push_id for m in loras.manifests([("ink", n) for n in range(1, 7)])}) == 6
+    assert loras.versions("ink") == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_push_is_sent_by_one_at_a_time(invoke: Invoke, lora: Path, loras: Registry) -> None:
+    """The second waits, and finds what the first has published."""
+    assert invoke("push", lora, "ink", "--later").exit_code == 0
+    ((waits, _),) = queue.waiting(loras)
+    second: list[Future[Manifest]] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def begin(_: int) -> None:
+            if not second:
+                second.append(pool.submit(queue.send, open_registry(loras.location), waits))
+
+        assert queue.send(loras, waits, begin).reference == "ink@1"
+        assert second[0].result().reference == "ink@1"
+    assert loras.versions("ink") == [1]
+
+
+def test_a_push_waits_for_the_folder_that_was_meant(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = CliRunner()
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run.invoke(main, ["push", str(lora), "ink", "--later", "--registry", "r"]).exit_code == 0
+    monkeypatch.chdir(tmp_path / "there")
+    assert (
+        "; 1 wait for others, see sync --list"
+        in run.invoke(main, ["sync", "--registry", "r"]).stderr
+    )
+    found = json.loads(run.invoke(main, ["sync", "--list", "--json"]).stdout)
+    assert [row["to"] for row in found] == [str(tmp_path / "here" / "r")]
+    monkeypatch.chdir(tmp_path)
+    assert run.invoke(main, ["sync", "--registry", "./here/r"]).stdout == "ink@1\n"
+    assert not (tmp_path / "there" / "r").exists()
+
+
+def test_a_push_waits_for_the_server_that_was_meant(
+    lora: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """Nobody is asked: neither server is there."""
+    run, push = CliRunner(), ["push", str(lora), "ink", "--later", "--registry", "s3://loras/x"]
+    for word in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(word, "any")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://one.invalid")
+    assert run.invoke(main, push).exit_code == 0
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://two.invalid")
+    result = run.invoke(main, ["sync", "--registry", "s3://loras/x"])
+    assert "nothing waits for s3://loras/x at two.invalid; 1 wait for others" in result.stderr
+
+
+def test_a_push_that_is_not_taken_does_not_keep_the_others(
+    invoke: Invoke, lora: Path, cache: Path
+) -> None:
+    for name in ("ink", "oil", "pen", "dry"):
+        assert invoke("push", lora, name, "--later").exit_code == 0
+    bad, gone, _, dry = sorted((cache / "queue").iterdir())
+    (bad / "push.json").write_text("{}")
+    (gone / lora.name).unlink()
+    result = invoke("sync")
+    assert result.stdout == "pen@1\ndry@1\n"
+    assert f"{bad.name}: {bad} holds no push of this program" in result.stderr
+    assert f"{gone.name}: there is no file" in result.stderr
+    assert "2 of 4 pushes wait on" in result.stderr
+    assert result.exit_code == 2
+    assert [line.split()[0] for line in invoke("sync", "--list").stdout.splitlines()] == [
+        bad.name,
+        gone.name,
+    ]
+    assert f"no push {dry.name} waits" in invoke("sync", "--drop", dry.name).stderr
+    assert "nothing waits" in invoke("sync", "--drop", bad.name, "--drop", gone.name).stderr
+    assert not any((cache / "queue").iterdir())
 
 
 def test_what_could_never_be_pushed_does_not_wait(invoke: Invoke, tmp_path: Path) -> None:
@@ -104,12 +222,46 @@ def test_offline_gives_what_was_seen(bucket: str, lora: Path, tmp_path: Path) ->
     away = open_registry(bucket, offline=True)
     assert away.names() == ["ink", "oil"]
     assert away.pull("ink@1", tmp_path / "again").read_bytes() == lora.read_bytes()
-    with pytest.raises(RegistryError, match="cannot be written offline"):
+    with pytest.raises(RegistryError, match="is not asked offline; leave --offline"):
         away.push("ink", lora)
     with pytest.raises(RegistryError, match="is not in the cache"):
         away.file(away.resolve("oil"), away.resolve("oil").files[1])
-    with pytest.raises(RegistryError, match="there is no registry at s3://loras/y"):
+    with pytest.raises(RegistryError, match="does not have anything of s3://loras/y at"):
         open_registry("s3://loras/y", offline=True).names()
+
+
+def test_offline_no_request_is_made(bucket: str, lora: Path, cache: Path) -> None:
+    """Of what tells something, nothing is made up either: the probe would."""
+    open_registry(bucket).push("ink", lora)
+    away = open_registry(bucket, offline=True)
+    probes = sorted(cache.rglob("creation.json"))
+    manifest, store = away.resolve("ink"), away.store
+    assert isinstance(store, S3Store)
+    asked: list[object] = []
+    store._connected.meta.events.register("before-send.s3", lambda **_: asked.append(1))
+    acts: list[Callable[[], object]] = [
+        *(store.probe, store.now),
+        *(lambda: store.digest("registry.json"), lambda: store.size("registry.json")),
+        *(lambda: store.delete("registry.json"), lambda: store.put_if_absent("models/x", b"")),
+        *(lambda: away.check(manifest), lambda: away.push("oil", lora)),
+        *(lambda: collect(away), lambda: store.leftovers(manifest.created, True)),
+    ]
+    for act in acts:
+        with pytest.raises(RegistryError, match=f"needs the server of {bucket}, which is not"):
+            act()
+    for command in ("doctor", "gc"):
+        result = CliRunner().invoke(main, [command, "--registry", bucket], env=OFFLINE)
+        assert result.exit_code == 2
+        assert "which is not asked offline" in result.stderr
+    assert not asked
+    assert sorted(cache.rglob("creation.json")) == probes
+
+
+def test_list_offline_says_that_nothing_is_in_the_cache(bucket: str, cache: Path) -> None:
+    result = CliRunner().invoke(main, ["list", "--registry", bucket], env=OFFLINE)
+    assert result.exit_code == 2
+    assert f"the cache {cache} does not have anything of {bucket} at " in result.stderr
+    assert "ask for it once without --offline" in result.stderr
 
 
 def test_documents_are_read_once(bucket: str, lora: Path) -> None:
@@ -181,7 +333,20 @@ def test_import_takes_loras_of_other_tools(
     assert len(manifest.files) == 3
     tensors = load_file(loras.pull("final-v3-really", tmp_path / "out"))
     assert np.array_equal(tensors[f"{flat}.lora_down.weight"], down)
-    assert loras.pull("style", tmp_path / "out").read_bytes() == kohya.read_bytes()
+    style = load_file(loras.pull("style", tmp_path / "out"))
+    assert all(np.array_equal(style[key], value) for key, value in load_file(kohya).items())
+
+
+def test_import_goes_on_after_a_file_that_is_none(
+    invoke: Invoke, make_lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "text.safetensors").write_text("no weights")
+    named, good = make_lora("名.safetensors"), make_lora("good.safetensors", seed=1)
+    result = invoke("import", tmp_path / "text.safetensors", named, good)
+    assert (result.exit_code, result.stdout) == (2, "good@1\n")
+    assert "名.safetensors has no letters for a model name; give one with --name" in result.stderr
+    assert "2 of 3 files were not taken; see above" in result.stderr
+    assert invoke("import", named, "--name", "mei").stdout == "mei@1\n"
 
 
 def test_import_under_one_name_goes_by_age(invoke: Invoke, tmp_path: Path, loras: Registry) -> None:

@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ import pytest
 
 from registry.api import Registry, RegistryError, blob_key, open_registry
 from registry.creation import probe
+from registry.documents import sealed
 from registry.s3 import S3Store
+from registry.s3_client import make_client, parse_place
+from registry.settings import Settings
 from tests.registry import servers
 from tests.registry.conftest import save_lora
 from tests.registry.fault_proxy import fault_proxy
@@ -182,6 +186,84 @@ def test_what_the_probe_sees(
     assert list(store_of(use(rclone, "probe")).entries("")) == []
 
 
+def profiles(path: Path, **endpoints: str) -> Path:
+    """A config file as of `aws configure`, with a profile for each server."""
+    keys = f"aws_access_key_id={servers.ACCESS_KEY}\naws_secret_access_key={servers.SECRET_KEY}"
+    sections = (f"[profile {name}]\n{keys}\n{more}\n" for name, more in endpoints.items())
+    path.write_text("\n".join(sections))
+    return path
+
+
+def test_servers_of_profiles_are_told_apart(
+    seaweedfs: Server,
+    rclone: Server,
+    use: Callable[..., Registry],
+    tmp_path: Path,
+    lora: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One location at two servers, which only ~/.aws/config names, and one cache."""
+    location, found = use(seaweedfs).location, {}
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    config = profiles(
+        tmp_path / "config",
+        one=f"endpoint_url={seaweedfs.endpoint_url}",
+        two=f"endpoint_url={rclone.endpoint_url}",
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    for profile, server in (("one", seaweedfs), ("two", rclone)):
+        monkeypatch.setenv("AWS_PROFILE", profile)
+        loras = open_registry(location)
+        assert loras.push("ink", lora).version == 1
+        found[profile] = loras.settings.creation
+        assert store_of(loras).probe()["server"] == server.endpoint_url
+        with pytest.raises(RegistryError, match=f"{location} at {server.endpoint_url[7:]}: "):
+            store_of(open_registry("s3://absent/x")).now()
+    assert found == {"one": "If-None-Match", "two": "claims"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "host"),
+    [
+        ("", "s3.example.com/loras/"),
+        ("s3 =\n  addressing_style = virtual", "loras.s3.example.com/"),
+        ("", "loras.oss.aliyuncs.com/"),
+        ("s3 =\n  addressing_style = path", "oss.aliyuncs.com/loras/"),
+    ],
+)
+def test_how_a_bucket_is_addressed_can_be_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str, host: str
+) -> None:
+    config = profiles(tmp_path / "config", own=settings)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_PROFILE", "own")
+    server = "oss.aliyuncs.com" if "aliyuncs" in host else "s3.example.com"
+    client = make_client(parse_place("s3://loras/x", f"http://{server}"))
+    url = client.generate_presigned_url("get_object", Params={"Bucket": "loras", "Key": "k"})
+    assert url.startswith(f"http://{host}k?")
+
+
+def test_all_who_write_do_it_in_one_way(
+    seaweedfs: Server, rclone: Server, use: Callable[..., Registry], lora: Path, tmp_path: Path
+) -> None:
+    """That of the registry, if it holds here; or nobody writes."""
+    claims = use(seaweedfs, "agreed")
+    claims.create(Settings(creation="claims"))
+    asked: list[str] = []
+    events = store_of(claims)._connected.meta.events
+    events.register(
+        "provide-client-params.s3.PutObject", lambda params, **_: asked.append(params["Key"])
+    )
+    assert claims.push("ink", lora).version == 1
+    assert any("/claims/models/ink/versions/" in key for key in asked)
+    moved = use(rclone, "agreed")
+    store_of(moved).put("registry.json", sealed(Settings(creation="If-None-Match")))
+    with pytest.raises(
+        RegistryError, match=r"made where If-None-Match keeps .* here it does not \(ignored\)"
+    ):
+        moved.push("ink", lora)
+
+
 @pytest.mark.parametrize("header", ["x-obs-forbid-overwrite", "x-oss-forbid-overwrite"])
 def test_a_server_with_a_condition_of_its_own(
     seaweedfs: Server, use: Callable[..., Registry], make_lora: Callable[..., Path], header: str
@@ -216,9 +298,12 @@ def test_a_damaged_blob_is_refused(
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     store_of(loras).put(blob_key(manifest.files[0]), bytes(content))
-    with pytest.raises(RegistryError, match="is not what was pushed, from byte"):
+    with pytest.raises(RegistryError, match="push the same file again to repair it"):
         loras.pull("ink", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    loras.push("ink", path)
+    assert loras.pull("ink@1", tmp_path / "out").read_bytes() == path.read_bytes()
+    loras.check(manifest)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +329,69 @@ def test_what_keeps_from_the_server(
         assert servers.SECRET_KEY not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("location", "endpoint_url"),
+    [
+        ("https://AKIA:s3c/r3t@host/bucket", None),
+        ("s3://AKIA:s3cr3t@bucket/a b", None),
+        ("s3://AKIA:s3c/r3t@bucket/a", None),
+        ("s3://bucket/a", "http://user:s3cr3t@bad host:99"),
+        ("s3://bucket/a", "http://user:s3c/r3t@host:99"),
+    ],
+)
+def test_what_was_given_in_the_wrong_place_is_not_repeated(
+    location: str, endpoint_url: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(RegistryError) as caught:
+        open_registry(location, endpoint_url=endpoint_url)
+    assert not any(word in str(caught.value) for word in ("s3c", "r3t", "AKIA", "user"))
+    if endpoint_url:
+        config = profiles(tmp_path / "config", own=f"endpoint_url={endpoint_url}")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+        monkeypatch.setenv("AWS_PROFILE", "own")
+        with pytest.raises(RegistryError) as caught:
+            open_registry(location)
+        assert not any(word in str(caught.value) for word in ("s3c", "r3t", "user"))
+
+
+def test_what_killed_writers_leave_is_removed(
+    seaweedfs: Server,
+    use: Callable[..., Registry],
+    large: Path,
+    lora: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loras = use(seaweedfs)
+    loras.push("ink", lora)
+    store = store_of(loras)
+
+    def fail(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    store._client.meta.events.register("provide-client-params.s3.UploadPart", fail)
+    with pytest.raises(KeyboardInterrupt):
+        loras.push("ink", large)
+    store._client.meta.events.unregister("provide-client-params.s3.UploadPart", fail)
+    for key in ("probe/1/twice", "claims/registry.json/1"):
+        store.put(key, b"")
+    half = store.cache.blob("ab" * 32).with_suffix(".part")
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    after = store.now() + timedelta(seconds=2)
+    assert store.leftovers(after, True) == []  # somebody may be at work
+    monkeypatch.setattr("registry.s3.AT_WORK", timedelta(seconds=-2))
+    left = [entry.key for entry in store.leftovers(after, False)]
+    assert left[:2] == ["probe/1/twice", "claims/registry.json/1"]
+    assert left[2].startswith("upload of blobs/sha256/")
+    assert len(left) == 3
+    assert len(store.leftovers(after, True)) == 3
+    assert store.leftovers(after, True) == []
+    assert not half.exists()
+    assert not any((store.cache.folder / "uploads").iterdir())
+    assert loras.push("ink", large).version == 2
+    loras.check(loras.resolve("ink"))
+
+
 def test_no_bucket(
     seaweedfs: Server, use: Callable[..., Registry], lora: Path, tmp_path: Path
 ) -> None:
@@ -266,7 +414,9 @@ def test_who_may_only_read(
 
 PUSH_WHEN_TOLD = """
 import sys
+from registry import creation
 from registry.api import open_registry
+creation.CLAIM_SECONDS = 20.0  # nobody here is slow, and the one that is killed is waited for
 from weights import files  # the slow import comes before the start
 location, lora, writer, turns = sys.argv[1:]
 print("ready", flush=True)

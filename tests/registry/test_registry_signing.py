@@ -15,7 +15,10 @@ from registry import signing
 from registry.aliases import set_alias
 from registry.api import Registry, RegistryError, open_registry
 from registry.cli import main
+from registry.gates import promote
+from registry.pages import edit, page
 from registry.signing import new_key, read_key, read_policy
+from registry.states import remove, unyank, yank
 
 Sign = Callable[[str | None], None]
 
@@ -101,6 +104,92 @@ def test_only_who_may_publish_is_trusted(
         assert not (tmp_path / "out").exists()
     assert loras.resolve("ink@3").version == 3
     assert loras.resolve("ink").version == 4
+
+
+def test_who_may_not_publish_cannot_stop_pulls(
+    loras: Registry,
+    make_lora: Callable[..., Path],
+    sign: Sign,
+    policy: Callable[[str], None],
+    tmp_path: Path,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither by a newer version, nor by one with the same file, nor by what is done to theirs."""
+    first = make_lora()
+    for name in ("alice", "eve", None):
+        sign(name)
+        loras.push("ink", first, metrics={"kid": 1})
+    yank(loras, "ink@1", "eve's word")
+    remove(loras, "ink@1")
+    edit(loras, loras.readable([("ink", 1)])[0], "# eve's card")
+    policy("enforce")
+    digest = loras.resolve("ink@1").files[0].sha256
+    assert loras.resolve("ink").version == 1
+    assert loras.resolve(f"ink@sha256:{digest}").version == 1
+    assert loras.pull("ink", tmp_path / "out").exists()
+    assert "# eve's card" not in page(loras, loras.resolve("ink"))
+    assert "ink@3 is not signed, and alice, bob may; " in caplog.text
+    assert "ink@1 is the newest that may" in caplog.text
+    result = CliRunner().invoke(main, ["history", "ink", "kid", "--registry", str(folder)])
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == ["ink@1"]
+    policy("off")
+    with pytest.raises(RegistryError, match="ink has no version 1"):
+        loras.resolve("ink@1")
+
+
+def test_an_unsigned_word_does_not_undo_a_signed_one(
+    loras: Registry, lora: Path, sign: Sign, policy: Callable[[str], None], tmp_path: Path
+) -> None:
+    sign("alice")
+    loras.push("ink", lora)
+    yank(loras, "ink@1", "trained on the wrong set")
+    sign("eve")
+    unyank(loras, "ink@1")
+    policy("enforce")
+    with pytest.raises(RegistryError, match="ink@1 is yanked: trained on the wrong set"):
+        loras.pull("ink@1", tmp_path / "out")
+    sign("bob")
+    unyank(loras, "ink@1")
+    assert loras.pull("ink@1", tmp_path / "out").exists()
+
+
+def test_who_may_not_publish_is_told_so(
+    loras: Registry,
+    lora: Path,
+    sign: Sign,
+    policy: Callable[[str], None],
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy("enforce")
+    for push in (lambda: loras.push("ink", lora), lambda: loras.check_push("ink")):
+        with pytest.raises(RegistryError, match="what you publish as ink is not signed, and alice"):
+            push()
+    assert not folder.exists()
+    sign("bob")
+    loras.push("ink", lora)
+    set_alias(loras, "ink", "beta", 1)
+    with pytest.raises(RegistryError, match="what you publish as ink@prod is signed by bob, and"):
+        set_alias(loras, "ink", "prod", 1)
+    sign("eve")
+    with pytest.raises(RegistryError, match="what you publish as ink is signed by the unknown key"):
+        yank(loras, "ink@1", "mine")
+    policy("warn")
+    loras.push("ink", lora)
+    assert "warning: what you publish as ink is signed by the unknown key" in caplog.text
+
+
+def test_a_gate_does_not_trust_an_alias_of_somebody_else(
+    loras: Registry, lora: Path, sign: Sign, policy: Callable[[str], None]
+) -> None:
+    sign("bob")
+    for number in range(2):
+        loras.push("ink", lora, metrics={"kid": number})
+    set_alias(loras, "ink", "prod", 2)
+    policy("enforce")
+    with pytest.raises(RegistryError, match="cannot be decided: ink@prod is signed by bob, and al"):
+        promote(loras, "ink@1", "beta", "kid < prod.kid")
 
 
 def test_an_alias_can_belong_to_somebody(

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner, Result
 from moto import mock_aws
 
-from registry import site_output
+from registry import signing, site_output
 from registry.aliases import set_alias
 from registry.api import Registry, blob_key, open_registry
 from registry.cli import main
@@ -383,6 +383,23 @@ def test_a_card_of_ones_own_is_shown_and_a_written_one_is_folded(
     assert "<pre># Mine &amp; yours</pre>" in oil and "tags: [x]" not in oil
     assert "<details" not in oil
     assert "Written from the facts above" in pages(out)["loras/ink.html"]
+
+
+def test_what_the_policy_forbids_is_not_shown(
+    filled: Registry, make_lora: Any, site: Site, out: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    key = signing.new_key(tmp_path / "key.pem")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"keys: {{alice: '{key.public}'}}\npublish: {{'*': [alice]}}\n")
+    with monkeypatch.context() as patch:
+        patch.setenv(signing.KEY_VARIABLE, str(tmp_path / "key.pem"))
+        filled.push("ink", make_lora(seed=20))
+    monkeypatch.setenv(signing.POLICY_VARIABLE, str(policy))
+    site()
+    page = pages(out)["loras/ink.html"]
+    assert re.findall(r'<div id="v(\d)"', page) == ["4"]
+    assert f"<code>{key.public}</code>" in page
+    assert "prod = @2" not in page and "oil" not in pages(out)["index.html"]
 
 
 def contents(out: Path) -> dict[str, tuple[bytes, int]]:
