@@ -300,10 +300,12 @@ def _write_alone(store: S3Store, key: str, data: bytes, refused: bool, last: flo
                 return False
             elif status_of(cause) in _UNKNOWN:
                 unknown = error
-            elif unknown is not None:
-                break
-            elif status_of(cause) not in (409, 503) and code_of(cause) not in DAMAGED:
+            elif status_of(cause) in (409, 503) or code_of(cause) in DAMAGED:
+                pass  # it was not followed
+            elif unknown is None:
                 raise
+            else:
+                break
         time.sleep(random.uniform(0.02, 0.1))
     if unknown is not None:
         raise _Unsettled(f"{unknown}; {key} may be written all the same, or still be") from unknown

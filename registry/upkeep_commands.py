@@ -272,7 +272,11 @@ def init(
             f"--encryption: expected AES256, aws:kms or aws:kms:KEY, found {encryption!r}"
         ) from error
     registry = open_named(location)
-    if not registry.create(settings) and (encryption or lock):
+    try:
+        made = registry.create(settings)
+    except RegistryError as error:
+        raise RegistryError(f"{error}; nothing was made") from error
+    if not made and (encryption or lock):
         raise RegistryError(
             f"{registry.location} is there already, and its settings stay; copy its versions into "
             "a new one"

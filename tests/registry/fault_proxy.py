@@ -50,11 +50,9 @@ class FaultProxy:
         self._lock = threading.Lock()
         self.endpoint_url = ""
         self.chosen: list[tuple[str, str, str, int]] = []
-        """Faults of chosen requests: method, part of the URL, fault, and how often it still comes."""
+        """Faults of chosen requests: method, part of the URL, fault, how often it still comes."""
         self.late: list[tuple[str, str, dict[str, str], bytes]] = []
         """Requests that were answered with 504 and can still be followed: see `land`."""
-        self.echoes = False
-        """An answer to a PUT says that the object is encrypted as was asked, whether it is or not."""
         self.own_condition: str | None = None
         """A header that forbids to overwrite, in place of If-None-Match, which is then refused."""
 
@@ -150,9 +148,6 @@ class _Handler(BaseHTTPRequestHandler):
         if status == 412 and self.proxy.own_condition:
             self._answer(409, [("Content-Type", "application/xml")], _EXISTS)
             return
-        encryption = self.headers.get("x-amz-server-side-encryption")
-        if self.proxy.echoes and self.command == "PUT" and encryption:
-            headers = [*headers, ("x-amz-server-side-encryption", encryption)]
         if fault == REPEAT:
             status, headers, content = self._forward(body)
         if fault == CUT:

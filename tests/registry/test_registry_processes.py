@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Callable
@@ -93,3 +94,13 @@ def test_a_killed_push_is_not_visible(
     expected = 2 if name == "ink" else 1
     assert loras.push(name, second).version == expected
     assert loras.pull(name, tmp_path / "out").read_bytes() == second.read_bytes()
+    # What it has left is found, and removed once nobody can be at work there.
+    (left,) = [path for path in folder.rglob(".*") if path.is_file()]
+    now = loras.store.now()
+    assert loras.store.leftovers(now, True) == []
+    os.utime(left, (now.timestamp() - 7200,) * 2)
+    assert [entry.size for entry in loras.store.leftovers(now, False)] == [left.stat().st_size]
+    assert len(loras.store.leftovers(now, True)) == 1
+    assert not left.exists()
+    assert not loras.store.leftovers(now, True)
+    loras.check(loras.resolve(name))

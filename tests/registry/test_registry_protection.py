@@ -12,6 +12,7 @@ from moto import mock_aws
 
 from registry.api import Registry, RegistryError, open_registry
 from registry.cli import main
+from registry.s3 import S3Store
 from registry.settings import Settings
 from tests.registry import servers
 
@@ -112,6 +113,26 @@ def test_a_server_that_does_it_not(
         with pytest.raises(RegistryError, match=message):
             open_registry("s3://loras/x").create(settings)
         assert open_registry("s3://loras/x").create()  # nothing was left
+
+
+def test_encryption_is_asked_of_the_object(aws: boto3.client) -> None:
+    """The answer to a PUT, which here says what was asked for, is not believed."""
+    aws.create_bucket(Bucket="loras")
+    loras = open_registry("s3://loras/x")
+    assert isinstance(loras.store, S3Store)
+    events, header = loras.store._client.meta.events, "x-amz-server-side-encryption"
+    events.register(
+        "before-call.s3.PutObject", lambda params, **_: params["headers"].pop(header, 0)
+    )
+
+    def lie(parsed: dict[str, str], **_: object) -> None:
+        parsed["ServerSideEncryption"] = "AES256"
+
+    events.register("before-call.s3.PutObject", forget)
+    events.register("after-call.s3.PutObject", lie)
+    with pytest.raises(RegistryError, match="encrypted with AES256, and the server does nothing"):
+        loras.create(Settings(encryption="AES256"))
+    assert not aws.list_objects_v2(Bucket="loras")["KeyCount"]
 
 
 def test_a_folder_does_neither(loras: Registry, make_lora: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from registry import queue
 from registry.api import Manifest, Registry, RegistryError, open_registry
+from registry.cache import Cache
 from registry.cli import main
 from registry.s3 import S3Store
 from registry.upkeep import collect
@@ -85,6 +87,7 @@ def test_a_sync_that_was_cut_off_publishes_once(
 
 SYNC_WHEN_TOLD = """
 import sys
+from registry.cache import Cache
 from registry.cli import main
 from weights import files  # the slow import comes before the start
 print("ready", flush=True)
@@ -277,6 +280,50 @@ def test_documents_are_read_once(bucket: str, lora: Path) -> None:
 
     assert count(open_registry(bucket)).resolve("ink@2").version == 2
     assert asked == ["GET", "GET", "GET"]  # the settings twice, one listing, no manifest
+
+
+def test_doctor_tells_what_it_tried(bucket: str) -> None:
+    result = CliRunner().invoke(main, ["doctor", "--registry", bucket, "--json"])
+    found = json.loads(result.stdout)
+    assert found["tried"] == {"If-None-Match": "holds"}
+    assert found["server"].startswith("https://s3.")
+    words = CliRunner().invoke(main, ["doctor", "--registry", bucket]).stdout
+    assert "tried If-None-Match  holds" in words
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf", "-1", "much"])
+def test_a_limit_of_the_cache_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, bucket: str, limit: str
+) -> None:
+    monkeypatch.setenv("LORA_REGISTRY_CACHE_GB", limit)
+    result = CliRunner().invoke(main, ["list", "--registry", bucket])
+    assert f"LORA_REGISTRY_CACHE_GB: expected a number of GB, found '{limit}'" in result.stderr
+
+
+def test_the_cache_counts_what_is_there_in_part(cache: Path) -> None:
+    """And removes it, unless somebody fetches it right now."""
+    store = Cache(cache, limit=250)
+    digests = [hashlib.sha256(bytes([number]) * 100).hexdigest() for number in range(4)]
+    for number, digest in enumerate(digests[:2]):
+        part = store.blob(digest).with_suffix(".part")
+        part.parent.mkdir(parents=True)
+        part.write_bytes(bytes(100))
+        os.utime(part, (number, number))
+    with store.filling(digests[0]) as (busy, _), store.filling(digests[2]) as (third, _):
+        third.write_bytes(bytes([2]) * 100)
+        assert busy.exists()
+    assert store.blob(digests[0]).exists()  # it was busy
+    assert not store.blob(digests[1]).with_suffix(".part").exists()
+    assert sorted(path.name for path in cache.rglob("*") if path.is_file()) == sorted(
+        [".lock", ".lock", ".lock", digests[0], digests[2]]
+    )
+
+
+def test_a_cache_that_cannot_note_an_upload(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "uploads").write_text("no folder")
+    with pytest.raises(RegistryError, match="cannot write to the cache"):
+        Cache(cache, limit=1).note_upload("any", "id")
 
 
 def test_a_registry_made_anew_is_another(

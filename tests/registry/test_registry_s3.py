@@ -217,7 +217,7 @@ def test_servers_of_profiles_are_told_apart(
         assert loras.push("ink", lora).version == 1
         found[profile] = loras.settings.creation
         assert store_of(loras).probe()["server"] == server.endpoint_url
-        with pytest.raises(RegistryError, match=f"{location} at {server.endpoint_url[7:]}: "):
+        with pytest.raises(RegistryError, match=f"s3://absent/x at {server.endpoint_url[7:]}"):
             store_of(open_registry("s3://absent/x")).now()
     assert found == {"one": "If-None-Match", "two": "claims"}
 
@@ -248,7 +248,7 @@ def test_all_who_write_do_it_in_one_way(
 ) -> None:
     """That of the registry, if it holds here; or nobody writes."""
     claims = use(seaweedfs, "agreed")
-    claims.create(Settings(creation="claims"))
+    store_of(claims).put("registry.json", sealed(Settings(creation="claims")))
     asked: list[str] = []
     events = store_of(claims)._connected.meta.events
     events.register(
