@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import RegistryError, os_errors
-from registry.s3_client import DAMAGED
+from registry.s3_client import DAMAGED, ONCE_SECONDS
 from registry.s3_errors import code_of, status_of
 from registry.settings import Way
 
@@ -32,12 +32,13 @@ _WAYS: tuple[Way, ...] = ("If-None-Match", "x-obs-forbid-overwrite", "x-oss-forb
 _CONFLICTS = 20
 _RACERS, _RACES = 4, 3
 _PROBE_DAYS = 30
-CLAIM_SECONDS = 60.0
-"""A claim older than this is that of a process that died, by the server's clock, which tells whole
-seconds. Until then a write under it can come to pass: it is sent within _HOLD_SECONDS, its client
-waits for ONCE_SECONDS at most, and the rest is for what stands between it and the server."""
 _HOLD_SECONDS = 5.0
 """Who has held a claim for longer than this does not write."""
+_IN_HAND_SECONDS = 45.0
+"""So long what stands between a client and the server may keep a write for which nobody waits."""
+CLAIM_SECONDS = _HOLD_SECONDS + ONCE_SECONDS + _IN_HAND_SECONDS
+"""Until then a write under a claim can come to pass; an older one is that of a process that died.
+By the server's clock, which tells whole seconds."""
 _WAIT_SECONDS = 180.0
 _UNKNOWN = (500, 502, 504)
 """What a server, or a gateway before it, says of a write that can still come to pass."""

@@ -157,6 +157,7 @@ def test_the_loss_curve_is_the_committed_one(one: Run) -> None:
     )
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_encoded_and_a_lora_is_gone_on_from(two: Run, tmp_path: Path) -> None:
     images = tmp_path / "train"
     shutil.copytree(ROOT / "assets" / "emoji-ink" / "train", images)

@@ -90,6 +90,7 @@ def whole() -> TrainStep:
     return prepared(4, 1, scaled=True)
 
 
+@pytest.mark.slow
 def test_two_micro_batches_are_one_batch_of_twice_the_size_scaled_or_not(whole: TrainStep) -> None:
     halves = prepared(2, 2, scaled=False)
     full = batch(4, len(whole.masks))
