@@ -37,7 +37,9 @@ done = 0
 while done < int(wanted):
     path = Path(folder, f"{uuid.uuid4().hex}.safetensors")
     weights = np.random.standard_normal((4, 64)).astype(np.float32)
-    save_file({"unet.lora_down.weight": weights}, path)
+    module = "lora_unet_mid_block_attentions_0_proj_in"
+    up = np.ones((8, 4), np.float32)
+    save_file({f"{module}.lora_down.weight": weights, f"{module}.lora_up.weight": up}, path)
     push_id = uuid.uuid4().hex
     try:
         version = registry.push("raced", path, push_id=push_id).version

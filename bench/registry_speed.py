@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from registry import documents
 from registry.api import manifest_key, open_registry
@@ -75,6 +76,14 @@ def _obstore() -> Any:
         virtual_hosted_style_request=False,
         client_options={"allow_http": True},
     )
+
+
+def _lora(path: Path, size: int) -> None:
+    """A LoRA of about so many bytes, other ones each time."""
+    down = np.random.default_rng().standard_normal((4, max(1, size // 16))).astype(np.float32)
+    module = "lora_unet_mid_block_attentions_0_proj_in"
+    up = np.ones((8, 4), np.float32)
+    save_file({f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}, path)
 
 
 def _each(work: Callable[[Path], object], files: list[Path]) -> None:
@@ -145,8 +154,10 @@ def transfers(folder: Path, rounds: int) -> None:
             files = folder / f"files-{count}-{turn}"
             files.mkdir()
             for number in range(count):  # new bytes each time, so that nothing is there already
-                name = "0.safetensors.bin" if number == 0 else f"{number}.png"
-                (files / name).write_bytes(PNG + np.random.default_rng().bytes(size))
+                if number == 0:
+                    _lora(files / "0.safetensors", size)
+                else:
+                    (files / f"{number}.png").write_bytes(PNG + np.random.default_rng().bytes(size))
             for direction in ("up", "down"):
                 for client in CLIENTS:
                     shutil.rmtree(folder / "cache" / "blobs", ignore_errors=True)
@@ -172,8 +183,8 @@ def transfers(folder: Path, rounds: int) -> None:
 
 def listing(folder: Path, names: int, versions: int) -> None:
     with fault_proxy(os.environ["AWS_ENDPOINT_URL_S3"], faults={}) as proxy:
-        file = folder / "lora.bin"
-        file.write_bytes(b"x" * 1000)
+        file = folder / "lora.safetensors"
+        _lora(file, 1000)
         registry = open_registry("s3://loras/list")
 
         assert isinstance(registry.store, S3Store)
@@ -207,8 +218,8 @@ def listing(folder: Path, names: int, versions: int) -> None:
 def pushes(folder: Path, count: int) -> None:
     with fault_proxy(os.environ["AWS_ENDPOINT_URL_S3"], faults={}) as proxy:
         os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint_url
-        file = folder / "lora.bin"
-        file.write_bytes(b"x" * 1000)
+        file = folder / "lora.safetensors"
+        _lora(file, 1000)
         for location in (str(folder / "registry"), "s3://loras/pushes"):
             registry = open_registry(location)
             registry.push("many", file)
