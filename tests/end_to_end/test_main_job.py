@@ -22,6 +22,8 @@ from weights import files
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/runs/emoji-ink.yaml"
 STEPS = 8
+pytestmark = pytest.mark.timeout(900)
+"""A whole run and its scores are made in one fixture."""
 
 
 @dataclass(frozen=True)
