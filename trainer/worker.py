@@ -68,8 +68,21 @@ def _end_with_msrun() -> None:
     """Let the kernel kill this process when its parent is gone, however that came."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it went in between
+    if os.getppid() != parent or _launcher_is_gone():  # it went before that was asked for
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _launcher_is_gone() -> bool:
+    """Has the launcher ended that says in LORA_LAUNCHER who it is: its id, and when it started?"""
+    pid, _, rest = os.environ.get("LORA_LAUNCHER", "").partition(":")
+    started, _, namespace = rest.partition(":")
+    if not pid or namespace != os.readlink("/proc/self/ns/pid"):
+        return False
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return True
+    return fields[19] != started or fields[0] == "Z"
 
 
 if __name__ == "__main__":

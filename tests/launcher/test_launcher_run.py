@@ -127,7 +127,6 @@ def test_signal_to_one_of_the_processes(
     assert (ended.exit_code, words in ended.err) == (exit_code, True), ended.err
 
 
-@pytest.mark.slow
 def test_nothing_outlives_a_launcher_that_is_killed(
     start: Launch, config: Path, tmp_path: Path
 ) -> None:
