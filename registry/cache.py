@@ -115,7 +115,8 @@ class Cache:
         with os_errors(f"tidy the cache {self.folder}"):
             parts = (self.folder / "blobs").glob("*/*.part")
             notes = (self.folder / "uploads").glob("*")
-            for path in (*parts, *notes, *(self.folder / "documents").rglob(".*.tmp")):
+            signs = (self.folder / "claims").glob("*-*")
+            for path in (*parts, *notes, *signs, *(self.folder / "documents").rglob(".*.tmp")):
                 with contextlib.suppress(FileNotFoundError):
                     if path.stat().st_mtime < before.timestamp():
                         _remove(path)

@@ -15,11 +15,11 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from registry.claims import claimed
 from registry.errors import RegistryError, os_errors
-from registry.s3_client import DAMAGED, ONCE_SECONDS
+from registry.s3_client import DAMAGED
 from registry.s3_errors import code_of, status_of
 from registry.settings import Way
 
@@ -32,16 +32,6 @@ _WAYS: tuple[Way, ...] = ("If-None-Match", "x-obs-forbid-overwrite", "x-oss-forb
 _CONFLICTS = 20
 _RACERS, _RACES = 4, 3
 _PROBE_DAYS = 30
-_HOLD_SECONDS = 5.0
-"""Who has held a claim for longer than this does not write."""
-_IN_HAND_SECONDS = 45.0
-"""So long what stands between a client and the server may keep a write for which nobody waits."""
-CLAIM_SECONDS = _HOLD_SECONDS + ONCE_SECONDS + _IN_HAND_SECONDS
-"""Until then a write under a claim can come to pass; an older one is that of a process that died.
-By the server's clock, which tells whole seconds."""
-_WAIT_SECONDS = 180.0
-_UNKNOWN = (500, 502, 504)
-"""What a server, or a gateway before it, says of a write that can still come to pass."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +154,7 @@ def _ways(store: S3Store, found: Probe | None) -> dict[Way, Create]:
     }
     if found is not None:
         refused = found.conditions_refused
-        ways["claims"] = lambda key, data: _claimed(store, key, data, refused)
+        ways["claims"] = lambda key, data: claimed(store, key, data, refused)
     return ways
 
 
@@ -191,126 +181,6 @@ def _conditional(store: S3Store, key: str, data: bytes, header: str | None) -> b
             # Another write is under way, and has perhaps not won: 409 is not yet "taken".
             time.sleep(random.uniform(0, 0.05 * 2 ** min(attempt, 6)))
     raise RegistryError(f"{store.place.words}: {key} is written by others all the time; try again")
-
-
-def _claimed(store: S3Store, key: str, data: bytes, refused: bool) -> bool:
-    """Claim the key, write if nobody else claims it.
-
-    If two writers saw but their own claims, each would have listed before the other had written
-    its claim, which cannot be where a listing shows what has been written. Of several claims all
-    but the oldest are withdrawn, so that one of them gets its turn; a claim is that of a dead
-    process once it is older than anyone writes under. Raises RegistryError if the server does not
-    list what was written, or others hold the key all the time.
-    """
-    folder, deadline = f"claims/{key}/", time.monotonic() + _WAIT_SECONDS
-    while time.monotonic() < deadline:
-        if store.size(key) is not None:
-            return False
-        waiting = _living(store, folder)
-        if not waiting:
-            own = f"{folder}{time.time_ns():020d}-{uuid.uuid4().hex}"
-            last = time.monotonic() + _HOLD_SECONDS
-            with store.errors("write objects"):
-                store.put(own, b"")
-            waiting = _until_alone(store, folder, own, last)
-            if not waiting:
-                try:
-                    written = _write_alone(store, key, data, refused, last)
-                except _Unsettled:
-                    raise
-                except RegistryError:
-                    _withdraw(store, own)
-                    raise
-                _withdraw(store, own)
-                if written is not None:
-                    return written
-            else:
-                store.delete(own)
-        time.sleep(random.uniform(0.05, 0.1) * len(waiting))
-    raise RegistryError(
-        f"{store.place.words}: others claim {key} all the time; try again, or remove "
-        f"{store.place.location}/{folder} if nobody pushes"
-    )
-
-
-def _withdraw(store: S3Store, claim: str) -> None:
-    """Remove one's own claim, which is of no account any more."""
-    with contextlib.suppress(RegistryError):
-        store.delete(claim)
-
-
-def _living(store: S3Store, folder: str) -> list[str]:
-    """The claims under a key, oldest first, after those of dead processes are removed."""
-    claims = list(store.entries(folder))
-    if not claims:
-        return []
-    now, living = store.now(), []
-    for claim in claims:
-        if now - claim.modified > timedelta(seconds=CLAIM_SECONDS):
-            store.delete(claim.key)
-        else:
-            living.append(claim.key)
-    return living
-
-
-def _until_alone(store: S3Store, folder: str, own: str, last: float) -> list[str]:
-    """The claims because of which one's own is to be withdrawn; none if it stands alone before
-    the time `last`."""
-    while True:
-        claims = [claim.key for claim in store.entries(folder)]
-        if own not in claims:
-            raise RegistryError(
-                f"{store.place.words}: the server does not list what was just written, and has "
-                "no conditional writes, so two pushes could take one version; use another one"
-            )
-        if time.monotonic() > last or claims[0] != own:
-            return claims
-        if claims == [own]:
-            return []
-        time.sleep(random.uniform(0.02, 0.05))
-
-
-class _Unsettled(RegistryError):
-    """A write of which nobody knows whether it has come to pass, or still will."""
-
-
-def _write_alone(store: S3Store, key: str, data: bytes, refused: bool, last: float) -> bool | None:
-    """Write the object if it is still not there; None if nothing was written before `last`.
-
-    A write whose answer is lost is made again with the same bytes, which does no harm. Raises
-    _Unsettled where it remains unknown: the claim has to grow old then, for the write can come to
-    pass until it has. Raises RegistryError if the server refuses.
-    """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    if store.size(key) is not None:
-        return False
-    unknown: Exception | None = None
-    while time.monotonic() < last:
-        try:
-            with store.errors("write objects"):
-                store.put_once(key, data, **({} if refused else {"IfNoneMatch": "*"}))
-            return True
-        except RegistryError as error:
-            cause = error.__cause__
-            if isinstance(cause, BotoCoreError):
-                unknown = error
-            elif not isinstance(cause, ClientError):
-                raise
-            elif status_of(cause) == 412:  # by whom it was written, the reader sees
-                return False
-            elif status_of(cause) in _UNKNOWN:
-                unknown = error
-            elif status_of(cause) in (409, 503) or code_of(cause) in DAMAGED:
-                pass  # it was not followed
-            elif unknown is None:
-                raise
-            else:
-                break
-        time.sleep(random.uniform(0.02, 0.1))
-    if unknown is not None:
-        raise _Unsettled(f"{unknown}; {key} may be written all the same, or still be") from unknown
-    return None
 
 
 def _remembered(store: S3Store) -> Probe | None:

@@ -175,8 +175,8 @@ def test_a_write_that_comes_to_pass_later_overwrites_nobody(
     gateway: FaultProxy, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its claim stays until it is too old for that."""
-    monkeypatch.setattr("registry.creation._HOLD_SECONDS", 1.0)
-    monkeypatch.setattr("registry.creation.CLAIM_SECONDS", 4.0)
+    monkeypatch.setattr("registry.claims._HOLD_SECONDS", 1.0)
+    monkeypatch.setattr("registry.claims.CLAIM_SECONDS", 4.0)
     loras = open_registry("s3://loras/late")
     loras.create()
     gateway.chosen = [("PUT", "late/models/ink/versions", faults.LATE, 1000)]

@@ -414,9 +414,9 @@ def test_who_may_only_read(
 
 PUSH_WHEN_TOLD = """
 import sys
-from registry import creation
+from registry import claims
 from registry.api import open_registry
-creation.CLAIM_SECONDS = 20.0  # nobody here is slow, and the one that is killed is waited for
+claims.CLAIM_SECONDS = 20.0  # nobody here is slow, and the one that is killed is waited for
 from weights import files  # the slow import comes before the start
 location, lora, writer, turns = sys.argv[1:]
 print("ready", flush=True)
