@@ -30,6 +30,9 @@ class Npu:
     """OK, Warning, Alarm, Critical or UNKNOWN."""
     product: str | None
     """One of cluster.products.PRODUCTS; None for a device that is none of them."""
+    used_bytes: int | None = None
+    """Of its memory, by all processes; None if npu-smi does not say."""
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,19 @@ def parse_info(text: str) -> tuple[Npu, ...]:
             continue
         card_id, name, health = first
         device_id = int(match[2]) if match[2] else card_id
-        devices.append(Npu(device_id, card_id, int(match[1]), name, health, product(name, phy_id)))
+        chip_id, kind = int(match[1]), product(name, phy_id)
+        devices.append(Npu(device_id, card_id, chip_id, name, health, kind, *_memory(cells[2])))
         first = None
     return tuple(devices)
+
+
+def _memory(cell: str) -> tuple[int, int] | tuple[None, None]:
+    """Used and whole memory in bytes, from `AICore(%)  Memory-Usage(MB)  HBM-Usage(MB)`."""
+    found = re.findall(r"(\d+)\s*/\s*(\d+)", cell)
+    if not found or found[-1][1] == "0":
+        return None, None
+    used, whole = found[-1]
+    return int(used) << 20, int(whole) << 20
 
 
 def product(name: str, phy_id: bool = False) -> str | None:

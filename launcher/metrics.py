@@ -7,9 +7,12 @@ ranks do nothing for it but what they do anyway.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shutil
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +27,8 @@ from prometheus_client.core import (
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from cluster.errors import ClusterError
+from cluster.npu_smi import Npu, npus
 from launcher.job import METRICS_FOLDER
 from launcher.progress import Progress
 from launcher.watchdog import ENDED, read_signs
@@ -31,6 +36,7 @@ from trainer.plan import Plan
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SMOOTHING = 0.98
+_LOOK_SECONDS = 15.0
 PHASES = (
     "starting",
     "caching",
@@ -39,8 +45,32 @@ PHASES = (
     "validating",
     "drawing",
     "saving",
+    "publishing",
     "ended",
 )
+
+
+class Devices:
+    """The NPUs that a run uses, looked at by npu-smi now and then: it takes a second or more."""
+
+    def __init__(self, device_ids: Collection[int]):
+        self._device_ids = frozenset(device_ids)
+        self._found: tuple[Npu, ...] = ()
+        self._looked = -math.inf
+        self._lock = threading.Lock()
+
+    def seen(self) -> tuple[Npu, ...]:
+        """As they were last seen; one caller at a time looks anew, the others do not wait."""
+        if self._device_ids and self._lock.acquire(blocking=False):
+            try:
+                if time.monotonic() - self._looked >= _LOOK_SECONDS:
+                    with contextlib.suppress(ClusterError):
+                        found = npus() or ()
+                        self._found = tuple(n for n in found if n.device_id in self._device_ids)
+                    self._looked = time.monotonic()
+            finally:
+                self._lock.release()
+        return self._found
 
 
 @dataclass
@@ -51,6 +81,7 @@ class Course:
     plan: Plan
     attempt: Path
     rank_ids: range
+    devices: Devices = field(default_factory=lambda: Devices(()))
     started: float = field(default_factory=time.monotonic)
     last: dict[str, float] = field(default_factory=dict)
     """Of the newest step: its values by name."""
@@ -82,9 +113,8 @@ class Course:
                 before = loss if self.smoothed is None else self.smoothed
                 self.smoothed = _SMOOTHING * before + (1 - _SMOOTHING) * loss
         elif kind == "phase":
-            self.phase = "caching" if event["phase"].startswith("encoding") else event["phase"]
-            if self.phase == "loading base":
-                self.phase = "starting"
+            named = "caching" if event["phase"].startswith("encoding") else event["phase"]
+            self.phase = named if named in PHASES else "starting"
         elif kind == "validation":
             self.validation = float(event["loss"])
             if math.isfinite(self.validation):
@@ -118,12 +148,15 @@ class RunCollector(Collector):
 
     def __init__(self, course: Course):
         self.course = course
+        self.devices = course.devices
 
     def collect(self) -> Iterable[Metric]:
-        """Gauges and counters of the run, ages of the ranks, and the ranks' own files."""
-        yield from self._of_course()
+        """Gauges and counters of the run, where rank 0 is here; the node's ranks, devices, disk."""
+        if 0 in self.course.rank_ids:
+            yield from self._of_course()
         yield from self._of_ranks()
         yield from self._of_files()
+        yield from self._of_node()
 
     def _of_course(self) -> Iterator[Metric]:
         c, run = self.course, (self.course.run,)
@@ -143,6 +176,8 @@ class RunCollector(Collector):
             yield family
 
         yield from counter("steps", "Optimizer steps done, over all attempts.", step)
+        text = "When the last step was done, in Unix time."
+        yield from gauge("last_step_timestamp_seconds", text, last.get("time"))
         yield from counter("images", "Samples seen, over all attempts.", images)
         yield from gauge("planned_steps", "Optimizer steps that the run will have.", c.plan.steps)
         epoch = images / c.plan.epoch_samples if c.plan.epoch_samples else None
@@ -191,11 +226,6 @@ class RunCollector(Collector):
         for name in PHASES:
             phase.add_metric((c.run, name), float(name == c.phase))
         yield phase
-        build = GaugeMetricFamily(
-            "lora_build_info", "What runs.", labels=("version", "mindspore", "device_target")
-        )
-        build.add_metric((version("ascend-lora"), version("mindspore"), c.plan.device_target), 1)
-        yield build
 
     def _of_ranks(self) -> Iterator[Metric]:
         c = self.course
@@ -207,14 +237,22 @@ class RunCollector(Collector):
             if sign.phase != ENDED:
                 age.add_metric((c.run, str(rank_id)), sign.age)
         yield age
-        own = [sign.own for sign in signs.values() if sign.own is not None]
-        if own:
+        own = GaugeMetricFamily(
+            "lora_rank_own_seconds",
+            "A rank's own work for its last measured step, without waiting for others.",
+            labels=("run", "rank_id"),
+        )
+        measured = {rank: sign.own for rank, sign in signs.items() if sign.own is not None}
+        for rank_id, seconds in measured.items():
+            own.add_metric((c.run, str(rank_id)), seconds)
+        yield own
+        if measured:
             skew = GaugeMetricFamily(
                 "lora_rank_skew_seconds",
-                "Own time of the slowest rank for a step, minus that of the fastest.",
+                "Own time of the slowest rank of this node for a step, minus that of the fastest.",
                 labels=("run",),
             )
-            skew.add_metric((c.run,), max(own) - min(own))
+            skew.add_metric((c.run,), max(measured.values()) - min(measured.values()))
             yield skew
 
     def _of_files(self) -> Iterator[Metric]:
@@ -224,6 +262,34 @@ class RunCollector(Collector):
         registry = CollectorRegistry()
         MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
         yield from registry.collect()
+
+    def _of_node(self) -> Iterator[Metric]:
+        c = self.course
+        disk = shutil.disk_usage(c.attempt)
+        for name, text, value in (
+            ("free", "Free on the disk of the run's folder.", disk.free),
+            ("size", "Size of the disk of the run's folder.", disk.total),
+        ):
+            family = GaugeMetricFamily(f"lora_disk_{name}_bytes", text, labels=("run",))
+            family.add_metric((c.run,), value)
+            yield family
+        for part in ("used", "size"):
+            text = "Memory of an NPU in use, by whatever process."
+            family = GaugeMetricFamily(
+                f"lora_device_memory_{part}_bytes",
+                text if part == "used" else "Memory that an NPU has.",
+                labels=("run", "device_id"),
+            )
+            for npu in self.devices.seen():
+                held = npu.used_bytes if part == "used" else npu.memory_bytes
+                if held is not None:
+                    family.add_metric((c.run, str(npu.device_id)), held)
+            yield family
+        build = GaugeMetricFamily(
+            "lora_build_info", "What runs.", labels=("version", "mindspore", "device_target")
+        )
+        build.add_metric((version("ascend-lora"), version("mindspore"), c.plan.device_target), 1)
+        yield build
 
 
 def text_of(course: Course) -> bytes:

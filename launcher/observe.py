@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from launcher.endpoint import served
 from launcher.errors import LaunchError
 from launcher.job import Start
-from launcher.metrics import Course, RunCollector, Watched, text_of
+from launcher.metrics import Course, Devices, RunCollector, Watched, text_of
 from launcher.progress import Progress
 from launcher.request import Scraping
 from trainer.plan import Plan
@@ -30,12 +30,18 @@ class Observer:
     def watched(self, shown: Progress, run: str, plan: Plan, start: Start) -> Progress:
         """Progress of an attempt that is noted too; counters go on from the attempt before."""
         before = self.course
-        self.course = Course(run, plan, start.attempt, start.rank_ids)
+        used = start.device_ids if plan.device_target == "Ascend" else ()
+        self.course = Course(run, plan, start.attempt, start.rank_ids, Devices(used))
         if before is not None:
             self.course.restarts = before.restarts + 1
             self.course.skipped = before.skipped
             self.course.compile_seconds = before.compile_seconds
         return Watched(shown, self.course)
+
+    def enters(self, phase: str) -> None:
+        """What comes after training."""
+        if self.course is not None:
+            self.course.phase = phase
 
     def published(self, size: int) -> None:
         """A version of so many bytes was pushed."""

@@ -98,9 +98,11 @@ def _lead(request: Request, worker: str, as_json: bool) -> None:
             job = _trained(request, job, worker, signals, others, observer)
         result = read_result(job.attempt)
         _tell(result_text(job, result))
+        observer.enters("publishing")
         reference = publish(job, result, signals)
         if reference:
             observer.published((job.attempt / result.artifact).stat().st_size)
+        observer.enters("ended")
     _tell(published_text(job, scores_of(job.attempt), reference))
     if as_json:
         print(json.dumps(_result_json(job, result, reference), indent=2))
@@ -158,7 +160,7 @@ def _attempts(
     while True:
         try:
             try:
-                with shown_progress(job.plan) as shown:
+                with shown_progress(job.plan, job.start) as shown:
                     progress = observer.watched(shown, job.config.name, job.plan, job.start)
                     supervise(job.start, progress, signals, others)
             finally:

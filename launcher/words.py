@@ -215,11 +215,34 @@ def seconds_left(step: Mapping[str, Any], global_batch: int) -> float | None:
 
 def step_text(step: Mapping[str, Any], global_batch: int) -> str:
     """`loss 0.1234, 21.5 images/s, 2:03 left`."""
+    return f"loss {step['loss']:.4f}, {speed_text(step, global_batch)}"
+
+
+def speed_text(step: Mapping[str, Any], global_batch: int) -> str:
+    """`21.5 images/s, 2:03 left`."""
     left = seconds_left(step, global_batch)
-    return (
-        f"loss {step['loss']:.4f}, {step['images_per_second']:.3g} images/s, "
-        f"{'time unknown' if left is None else clock(left) + ' left'}"
-    )
+    left_text = "time unknown" if left is None else f"{clock(left)} left"
+    return f"{step['images_per_second']:.3g} images/s, {left_text}"
+
+
+def cache_text(event: Mapping[str, Any]) -> str:
+    """`images cached, 12.3 a second, 1:02 left`."""
+    speed = event["done"] / max(event["seconds"], 1e-9)
+    left = clock((event["total"] - event["done"]) / speed)
+    return f"{event['kind']} cached, {speed:.3g} a second, {left} left"
+
+
+def remark(event: Mapping[str, Any]) -> str | None:
+    """What is said once about an event, such as `validation loss 0.1234 at step 0`."""
+    if event["event"] == "validation":
+        quarters = ", ".join(f"{part:.4f}" for part in event["quarters"])
+        return (
+            f"validation loss {event['loss']:.4f} at step {event['step']} "
+            f"(by quarter of the timesteps: {quarters})"
+        )
+    if event["event"] == "warning":
+        return f"warning: {event['text']}"
+    return None
 
 
 def clock(seconds: float) -> str:

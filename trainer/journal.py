@@ -13,6 +13,7 @@ from diffusion.images import DataError
 from trainer.events import Events
 from trainer.plan import Plan
 from trainer.step import outcome
+from trainer.telemetry import peak_memory
 
 MOST_SKIPPED = 20
 """So many steps in a row without a finite gradient end the run."""
@@ -97,6 +98,7 @@ class Journal:
             loss_scale=found.loss_scale,
             skipped=not found.applied,
             images_per_second=self.images_per_second,
+            memory_bytes=peak_memory(),
         )
         if self._skipped_in_a_row >= MOST_SKIPPED:
             raise DivergedError(

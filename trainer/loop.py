@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from trainer.journal import DivergedError, Journal
 from trainer.optimizer import learning_rate
 from trainer.plan import Plan
 from trainer.setup import Ready, batch_of, prepare, read_ahead
-from trainer.telemetry import Telemetry
+from trainer.telemetry import Telemetry, peak_memory
 from trainer.validation import validation_losses
 from weights.files import WeightsError
 
@@ -207,7 +206,7 @@ def train(
                 "total": time.monotonic() - started,
             },
             "images_per_second": journal.images_per_second,
-            "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "peak_memory_bytes": peak_memory(),
             "versions": {"mindspore": ms.__version__, "numpy": np.__version__},
         },
     )

@@ -56,4 +56,9 @@ class Telemetry:
 
     def look(self) -> None:
         """Note what memory the process has needed."""
-        self._memory.set(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        self._memory.set(peak_memory())
+
+
+def peak_memory() -> int:
+    """Bytes of resident memory that this process had at its highest."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

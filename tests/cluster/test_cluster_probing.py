@@ -143,6 +143,7 @@ def test_npus_are_listed(fake: Fake) -> None:
         (0, "910B3", "OK", "A2"),
         (5, "910B3", "Warning", "A2"),
     ]
+    assert [(n.used_bytes, n.memory_bytes) for n in found] == [(3390 << 20, 64 << 30)] * 2
     assert [(n.device_id, n.card_id, n.chip_id, n.product) for n in parse_info(A3_INFO)] == [
         (0, 0, 0, "A3"),
         (1, 0, 1, "A3"),
@@ -156,6 +157,11 @@ def test_npus_are_listed(fake: Fake) -> None:
 )  # fmt: skip
 def test_products(name: str, expected: str | None) -> None:
     assert product(name) == expected
+
+
+def test_memory_that_npu_smi_does_not_tell() -> None:
+    text = A2_INFO.replace("3390 / 65536", "0    / 0    ").replace("0    / 0  ", "-         ")
+    assert {(n.used_bytes, n.memory_bytes) for n in parse_info(text)} == {(None, None)}
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo hello", "yes"])

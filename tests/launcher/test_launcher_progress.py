@@ -12,6 +12,8 @@ import pytest
 from launcher.job import Job, prepare
 from launcher.progress import shown_progress
 from launcher.request import Request
+from launcher.screen import ranks_text, sparkline
+from launcher.watchdog import Sign
 from launcher.words import clock, plan_text, seconds_left, step_text
 
 VALIDATION = {"event": "validation", "step": 0, "loss": 0.5, "quarters": [0.2, 0.4, 0.6, 0.8]}
@@ -42,7 +44,7 @@ def steps(job: Job, count: int) -> list[dict[str, Any]]:
 
 
 def test_lines_where_there_is_no_terminal(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    with shown_progress(job.plan) as progress:
+    with shown_progress(job.plan, job.start) as progress:
         progress.show({"event": "phase", "phase": "training"})
         progress.show(VALIDATION)
         for event in steps(job, 100):
@@ -57,7 +59,7 @@ def test_lines_where_there_is_no_terminal(job: Job, capsys: pytest.CaptureFixtur
     ]
 
 
-def test_bar_on_a_terminal(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_view_that_stays_on_a_terminal(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -66,7 +68,7 @@ def test_bar_on_a_terminal(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    with shown_progress(job.plan) as progress:
+    with shown_progress(job.plan, job.start) as progress:
         progress.show({"event": "phase", "phase": "training"})
         progress.show(VALIDATION)
         for event in steps(job, job.plan.steps):
@@ -77,6 +79,26 @@ def test_bar_on_a_terminal(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a [note]" in shown
     assert "training" in shown
     assert f"{job.plan.steps}/{job.plan.steps}" in shown
+    assert "loss 0.1235" in shown
+    assert "rank 0 starting" in shown
+
+
+def test_the_losses_in_blocks() -> None:
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert sparkline([3.0, 3.0]) == "▁▁"
+    assert sparkline([]) == ""
+    assert sparkline([1, float("nan"), 2]) == "▁ █"
+    falling = sparkline([1 / (n + 1) for n in range(1000)])
+    assert (len(falling), falling[0], falling[-1]) == (32, "█", "▁")
+
+
+def test_ranks_of_one_kind_are_told_together() -> None:
+    signs = {n: Sign("training", 1, 0.1, 0.5 + n / 100) for n in range(8)}
+    assert ranks_text(signs) == "ranks 0-7 training; 0.50 to 0.57 s of own work a step"
+    signs[3] = Sign("training", 1, 34.2, 0.5)
+    assert ranks_text(signs).startswith(
+        "ranks 0-2 training; rank 3 training, silent for 34 s; ranks 4-7 training; "
+    )
 
 
 def test_plan_in_words(job: Job) -> None:
