@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from typing import Any
 from launcher import evaluation
 from launcher.errors import Failure, LaunchError, RunFailed
 from launcher.job import Job, attempts
+from launcher.status import State
 from registry import queue
 from registry.api import open_registry
 from registry.errors import RegistryError
@@ -123,8 +125,11 @@ def finish(
     scores = evaluation.evaluate(folder, attempt, signals)
     if not queue.is_written(attempt):
         return None
-    if scores is not None and not (attempt / _PUBLISHED).exists():
-        queue.write(attempt, _with_scores(queue.read(attempt), scores, attempt))
+    if not (attempt / _PUBLISHED).exists():
+        push = queue.read(attempt)
+        if scores is not None:
+            push = _with_scores(push, scores, attempt)
+        queue.write(attempt, replace(push, report=_report(folder, attempt)))
     return _send(folder, attempt)
 
 
@@ -137,6 +142,22 @@ def _with_scores(push: queue.Push, scores: dict[str, Any], attempt: Path) -> que
         evaluation={**push.evaluation, **scores["evaluation"]},
         samples=tuple(dict.fromkeys((sheet, *push.samples))),
     )
+
+
+def _report(folder: Path, attempt: Path) -> str | None:
+    """Write the page about the run that goes with the version; its name, seen from the attempt.
+    None if there is none: no LoRA stays unpublished because of it."""
+    from launcher.report import report_html
+    from launcher.report_command import read_facts
+
+    facts = read_facts(folder, time.time())
+    facts = replace(facts, state=State("finished", "trained, and published with this page", False))
+    path = attempt / "report.html"
+    try:
+        path.write_text(report_html(facts), encoding="utf-8")
+    except OSError:
+        return None
+    return path.name
 
 
 def _send(folder: Path, attempt: Path) -> str:

@@ -212,6 +212,7 @@ class Registry:
         metadata: Mapping[str, Any] = {},
         evaluation: Mapping[str, Any] = {},
         samples: Sequence[str | os.PathLike[str]] = (),
+        report: str | os.PathLike[str] | None = None,
         card: str | None = None,
         push_id: str | None = None,
         progress: Progress = silent,
@@ -220,9 +221,9 @@ class Registry:
 
         The version becomes visible whole, with its manifest, or not at all. Any number of
         processes can push at once; each gets a version of its own. Trigger words and licence in the
-        metadata are written into the header of the file too. ``samples`` are PNGs; ``card``
-        is a page in Markdown, written from the facts by default. ``push_id`` is random, unless a
-        push that may have been made before is made again.
+        metadata are written into the header of the file too. ``samples`` are PNGs, ``report`` is a
+        page about the training in HTML, ``card`` one in Markdown, written from the facts by
+        default. ``push_id`` is random, unless a push that may have been made before is made again.
 
         Raises ``RegistryError``, with nothing written, if the name is malformed, a file is
         missing, empty, damaged or no LoRA, a metric is not a finite number, the metadata is not
@@ -234,7 +235,8 @@ class Registry:
         check_name(name)
         signing.judge_own(name)
         pictures = tuple(Path(path) for path in samples)
-        facts = (metrics, metadata, evaluation, pictures, card, push_id)
+        page = None if report is None else Path(report)
+        facts = (metrics, metadata, evaluation, pictures, page, card, push_id)
         key = signing.own_key()
         with tempfile.TemporaryDirectory() as folder:
             made = draft(name, Path(file), *facts, Path(folder))
@@ -340,8 +342,8 @@ class Registry:
     ) -> Path:
         """Copy the LoRA into ``out_dir``, made if need be, and return its path there.
 
-        With ``everything`` its card and pictures come too. A file that is already there with the
-        same bytes is left alone.
+        With ``everything`` its card, pictures and report come too. A file that is already there
+        with the same bytes is left alone.
 
         Raises ``RegistryError`` as :meth:`fetch` does, with nothing left in ``out_dir``, or if
         another file has the name and ``overwrite`` is not set.

@@ -83,6 +83,12 @@ def main(ctx: click.Context) -> None:
     help="A picture that it drew; may be repeated.",
 )
 @click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="A page about its training, as lora-launch report writes it.",
+)
+@click.option(
     "--card",
     "card_file",
     type=click.Path(path_type=Path),
@@ -108,6 +114,7 @@ def push(
     licence: str | None,
     tags: Sequence[str],
     samples: Sequence[Path],
+    report: Path | None,
     card_file: Path | None,
     verify: str,
     later: bool,
@@ -130,6 +137,7 @@ def push(
         "evaluation": _read_object(evaluation_file, 'facts such as {"images": 500}'),
         "metadata": {**metadata, **{word: value for word, value in given.items() if value}},
         "samples": samples,
+        "report": report,
         "card": read_text(card_file) if card_file else None,
     }
     if later:

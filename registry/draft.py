@@ -41,6 +41,7 @@ def draft(
     metadata: Mapping[str, Any],
     evaluation: Mapping[str, Any],
     samples: Sequence[Path],
+    report: Path | None,
     text: str | None,
     push_id: str | None,
     folder: Path | None = None,
@@ -58,6 +59,7 @@ def draft(
         file, header = _with_header(file, said, folder / "lora"), {**header, **said}
         entries = [_entry(entries[0].path, file)]
     pictures = [_entry(_picture_name(name, n), path, _PNG) for n, path in enumerate(samples)]
+    reports = [] if report is None else [report]
     values, intervals = _scores(metrics)
     try:
         manifest = Manifest(
@@ -81,8 +83,9 @@ def draft(
     if len(content) > _LONGEST_CARD:
         raise RegistryError(f"the card has {len(content):,} bytes, and 1 MiB is the most")
     page = FileEntry(path=f"{name}.md", sha256=chunks.digest(content), size=len(content))
-    files = (*entries, page, *pictures)
-    return Draft(manifest.model_copy(update={"files": files}), (file, content, *samples))
+    files = (*entries, page, *pictures, *(_entry(f"{name}.html", path) for path in reports))
+    sources: tuple[Path | bytes, ...] = (file, content, *samples, *reports)
+    return Draft(manifest.model_copy(update={"files": files}), sources)
 
 
 def _picture_name(name: str, number: int) -> str:

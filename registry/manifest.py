@@ -38,8 +38,8 @@ class Manifest(BaseModel):
     """One published version. It never changes once it can be read.
 
     ``push_id`` is random and tells a push that meets an existing manifest whether it is its own.
-    The first of ``files`` is the LoRA, then come its card and pictures. ``metadata`` is the lineage
-    given by the publisher: base model, data set, configuration, trainer version.
+    The first of ``files`` is the LoRA, then come its card, pictures and report. ``metadata`` is
+    the lineage given by the publisher: base model, data set, configuration, trainer version.
     """
 
     model_config = _STRICT

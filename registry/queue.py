@@ -42,6 +42,7 @@ class Push:
     metadata: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     samples: tuple[str, ...] = ()
+    report: str | None = None
     card: str | None = None
     push_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     address: str = ""
@@ -49,7 +50,14 @@ class Push:
     named alike."""
 
 
-def add(registry: Registry, name: str, file: Path, samples: Sequence[Path], **facts: Any) -> Path:
+def add(
+    registry: Registry,
+    name: str,
+    file: Path,
+    samples: Sequence[Path],
+    report: Path | None = None,
+    **facts: Any,
+) -> Path:
     """Keep copies of the files and what is to be said about them; returns the push's folder.
 
     `facts` are further fields of a Push. Raises RegistryError if the push could never be taken, or
@@ -59,15 +67,26 @@ def add(registry: Registry, name: str, file: Path, samples: Sequence[Path], **fa
 
     check_name(name)
     copies = [f"{number}-{sample.name}" for number, sample in enumerate(samples)]
-    address = registry.store.address
-    push = Push(registry.location, name, file.name, samples=tuple(copies), address=address, **facts)
-    draft(name, file, push.metrics, push.metadata, push.evaluation, samples, push.card, None)
+    push = Push(
+        registry.location,
+        name,
+        file.name,
+        samples=tuple(copies),
+        report=None if report is None else f"report-{report.name}",
+        address=registry.store.address,
+        **facts,
+    )
+    pages = [] if report is None else [report]
+    draft(
+        name, file, push.metrics, push.metadata, push.evaluation, samples, report, push.card, None
+    )
     queue = _queue()
     folder = queue / f"{time.time_ns():020d}-{push.push_id[:8]}"
     filling = queue / f".{folder.name}"
     with os_errors(f"write to the queue {queue}"):
         filling.mkdir(parents=True)
-        for source, copy in zip((file, *samples), (push.file, *copies), strict=True):
+        written = (push.file, *copies, *([push.report] if push.report else []))
+        for source, copy in zip((file, *samples, *pages), written, strict=True):
             shutil.copyfile(source, filling / copy)
         write(filling, push)
         os.replace(filling, folder)
@@ -155,6 +174,7 @@ def _send(registry: Registry, folder: Path, progress: Progress) -> Manifest:
         metadata=push.metadata,
         evaluation=push.evaluation,
         samples=[folder / sample for sample in push.samples],
+        report=None if push.report is None else folder / push.report,
         card=push.card,
         push_id=push.push_id,
         progress=progress,

@@ -183,6 +183,9 @@ def copy_version(
             metadata={**manifest.metadata, "copied_from": origin},
             evaluation=manifest.evaluation,
             samples=[path.parent / f.path for f in manifest.files if f.path.endswith(".png")],
+            report=next(
+                (path.parent / f.path for f in manifest.files if f.path.endswith(".html")), None
+            ),
             card=page(source, manifest),
         )
     return made, True

@@ -115,6 +115,9 @@ def test_what_is_known_of_it_is_published_too(job: Job, tmp_path: Path) -> None:
     drawn = registry.pull("tiny", tmp_path / "out", everything=True).with_name("tiny.preview.png")
     with Image.open(drawn) as image:
         assert image.getpixel((0, 0)) == (10, 0, 0)
+    page = drawn.with_name("tiny.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert 'class="state finished"' in page
 
 
 def test_a_push_that_failed_is_made_by_resume(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,25 @@ def test_pictures_and_card_are_pulled_if_asked_for(
     assert (all_ / "ink.2.png").read_bytes() == pictures[1].read_bytes()
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+def test_a_report_goes_with_a_version(
+    invoke: Invoke,
+    told: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    later: bool,
+) -> None:
+    monkeypatch.setenv("LORA_REGISTRY_CACHE", str(tmp_path / "cache"))
+    page = tmp_path / "report.html"
+    page.write_text("<!DOCTYPE html><title>ink</title>")
+    words = ["push", told, "ink", "--report", page, *(["--later"] if later else [])]
+    assert invoke(*words).exit_code == 0
+    if later:
+        assert invoke("sync").exit_code == 0
+    assert invoke("pull", "ink", "--out", tmp_path / "out", "--all").exit_code == 0
+    assert (tmp_path / "out" / "ink.html").read_bytes() == page.read_bytes()
+
+
 def test_all_or_nothing_is_pulled(
     loras: Registry,
     told: Path,
