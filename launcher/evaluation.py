@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import Interrupted, LaunchError
-from launcher.job import Job
+from launcher.job import METRICS_FOLDER, METRICS_VARIABLE, Job
 from launcher.processes import end_with_parent
 from trainer.config import RunConfig
 from trainer.dataset import Example
@@ -130,11 +131,13 @@ def evaluate(folder: Path, attempt: Path, signals: Sequence[int] = ()) -> dict[s
     if is_asked_for(attempt):
         given = json.loads((attempt / _ARGUMENTS).read_text(encoding="utf-8"))["arguments"]
         part = attempt / f"{_SCORES}.part"
+        (attempt / METRICS_FOLDER).mkdir(exist_ok=True)
         with part.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sampler.eval_cli", *given],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
+                env={**os.environ, METRICS_VARIABLE: str(attempt / METRICS_FOLDER)},
                 preexec_fn=end_with_parent,
             )
             code = _awaited(process, signals)

@@ -30,6 +30,7 @@ from sampler.picture import is_sheet, make_folder, read_record
 from sampler.plan import Panel
 from sampler.progress import shown
 from sampler.sample import Drawn, Request, Where, draw_tasks, plan, write_sheet
+from sampler.telemetry import counted
 from weights.files import atomic_path
 
 if TYPE_CHECKING:
@@ -398,11 +399,16 @@ def _features(extractor: Extractor, paths: Sequence[Path], cache: Path) -> np.nd
                 return found
         except (ValueError, OSError):
             pass  # cut off by a power failure: computed anew
-    parts = []
+    parts, count = [], counted("judged")
     with shown(f"pictures seen by {extractor.name}", len(paths)) as progress:
+
+        def tell(more: int) -> None:
+            count(more)
+            progress(more)
+
         for start in range(0, len(paths), _AT_ONCE):
             pixels = [read_whole(path) for path in paths[start : start + _AT_ONCE]]
-            parts.append(extractor(pixels, progress))
+            parts.append(extractor(pixels, tell))
     found = np.concatenate(parts)
     make_folder(cache)
     with atomic_path(file) as part, part.open("wb") as stream:

@@ -28,6 +28,7 @@ from sampler.picture import (
 from sampler.plan import Axis, Panel, check_size, pictures
 from sampler.progress import shown
 from sampler.prompt_file import Prompt
+from sampler.telemetry import counted
 
 if TYPE_CHECKING:
     from cluster.devices import Machine
@@ -271,11 +272,13 @@ def draw_tasks(
     bad: list[Path] = []
     for folder in {path.parent for batch in job.batches for _, path in batch}:
         make_folder(folder)
+    count = counted("drawn")
     with shown("pictures", job.count) as progress:
 
         def tell(path: Path, there: bool) -> None:
             if not there:
                 bad.append(path)
+            count(1)
             progress(1)
 
         if len(device_ids) > 1 and len(job.batches) > 1:

@@ -16,6 +16,8 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from weights import files
 
@@ -309,8 +311,21 @@ def test_what_is_published_is_scored_beside_the_base(two: Run) -> None:
     assert how["base_digest"] == two.result["base_digest"]
     assert metrics["validation_loss"] == two.result["validation_loss"]["lora"]
     assert any(file["path"].endswith("preview.png") for file in manifest["files"])
+    assert any(file["path"] == "emoji-ink.html" for file in manifest["files"])
     drawn = sorted((two.attempt / "evaluation").glob("*/0*.png"))
     assert len(drawn) == 6
+
+
+def test_steps_and_pictures_are_counted_for_a_scraper(two: Run) -> None:
+    """In files of all processes, which the endpoint puts together."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(two.attempt / "metrics"))
+    text = generate_latest(registry).decode()
+    assert "lora_pictures_drawn_total 6.0" in text
+    assert "lora_pictures_judged_total" in text
+    for rank_id in (0, 1):
+        labels = f'part="step",rank_id="{rank_id}",run="emoji-ink"'
+        assert f"lora_step_seconds_count{{{labels}}} {STEPS - 1}.0" in text
 
 
 def test_the_sampler_refuses_another_base(two: Run, tmp_path: Path) -> None:
