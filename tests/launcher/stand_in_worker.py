@@ -18,7 +18,7 @@ from typing import Any
 
 import trainer.worker as real
 from diffusion.images import DataError
-from trainer.events import Events
+from trainer.events import Events, write_json
 
 NUMBER = int(Path(sys.argv[1]).name.removeprefix("attempt_"))
 WORDS = os.environ["STAND_IN"].split(",")
@@ -49,7 +49,7 @@ def save(attempt: Path, rank_id: int, events: Events) -> None:
     """Train; save when asked to end, as a real worker does."""
 
     def stop(*_: object) -> None:
-        (attempt / "stopped.json").write_text(json.dumps({"step": 4, "steps": 10}))
+        write_json(attempt / "stopped.json", {"step": 4, "steps": 10})
         os._exit(0)
 
     signal.signal(signal.SIGTERM, stop)
@@ -170,7 +170,7 @@ def succeed(attempt: Path, rank_id: int, events: Events) -> None:
         "peak_memory_bytes": 1_000_000_000,
         "versions": {"numpy": np.__version__},
     }
-    (attempt / "result.json").write_text(json.dumps(result))
+    write_json(attempt / "result.json", result)
 
 
 def run(attempt: Path, rank_id: int) -> None:
