@@ -66,7 +66,8 @@ def recipe(epochs: int, out: Path) -> None:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
     )
-    text_encoder = CLIPTextModel.from_pretrained(BASE / "text_encoder").float().requires_grad_(False)
+    text_encoder = CLIPTextModel.from_pretrained(BASE / "text_encoder").float()
+    text_encoder.requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(BASE / "vae").float().requires_grad_(False)
     unet = UNet2DConditionModel.from_pretrained(BASE / "unet").float().requires_grad_(False)
     targets = ["to_k", "to_q", "to_v", "to_out.0"]

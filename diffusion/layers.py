@@ -10,11 +10,21 @@ several times slower on CPU and keep the attention matrix alive between the two 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, Normal, Uniform, initializer
+
+
+@cache
+def shared(kind: type[nn.Cell], *arguments: object) -> nn.Cell:
+    """The one cell of this kind and these arguments; it must have no parameters.
+
+    MindSpore reads the source of each cell that it meets, and what it comes to, once for each.
+    """
+    return kind(*arguments)
 
 
 class Linear(nn.Cell):
@@ -146,7 +156,7 @@ class GroupNorm(nn.Cell):
         super().__init__()
         self.weight = Parameter(initializer("ones", (channels,)))
         self.bias = Parameter(initializer("zeros", (channels,)))
-        self.normalize = _GroupNorm(groups, eps)
+        self.normalize = shared(_GroupNorm, groups, eps)
 
     def construct(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.astype(ms.float32), self.bias.astype(ms.float32)
@@ -330,7 +340,7 @@ class MultiHead(nn.Cell):
         super().__init__()
         self.heads = heads
         self.head_width = width // heads
-        self.attend = ScaledDotProduct(self.head_width, causal, upcast)
+        self.attend = shared(ScaledDotProduct, self.head_width, causal, upcast)
 
     def split(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn
 
-from diffusion.layers import AddToChannels, Conv2d, GroupNorm, Linear, silu, upsample_nearest
+from diffusion.layers import (
+    AddToChannels,
+    Conv2d,
+    GroupNorm,
+    Linear,
+    shared,
+    silu,
+    upsample_nearest,
+)
 
 
 class ResnetBlock(nn.Cell):
@@ -27,7 +35,7 @@ class ResnetBlock(nn.Cell):
         self.time_emb_proj = None
         if time_channels is not None:
             self.time_emb_proj = Linear(time_channels, out_channels)
-            self.add_time = AddToChannels()
+            self.add_time = shared(AddToChannels)
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None

@@ -14,6 +14,7 @@ from diffusion.layers import (
     MultiHead,
     name_parameters,
     quick_gelu,
+    shared,
 )
 
 
@@ -35,7 +36,7 @@ class SelfAttention(nn.Cell):
         self.k_proj = Linear(width, width)
         self.v_proj = Linear(width, width)
         self.out_proj = Linear(width, width)
-        self.attend = MultiHead(width, config.num_attention_heads, causal=True)
+        self.attend = shared(MultiHead, width, config.num_attention_heads, True)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.out_proj(self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x)))
@@ -46,7 +47,7 @@ class MLP(nn.Cell):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
-        self.activation = GELU() if config.hidden_act == "gelu" else quick_gelu
+        self.activation = shared(GELU) if config.hidden_act == "gelu" else quick_gelu
 
     def construct(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))

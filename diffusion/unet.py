@@ -17,6 +17,7 @@ from diffusion.layers import (
     Linear,
     MultiHead,
     name_parameters,
+    shared,
     silu,
 )
 from diffusion.resnet import Downsample, ResnetBlock, Upsample
@@ -52,7 +53,7 @@ class Attention(nn.Cell):
         self.to_k = Linear(context_width, width, bias=False)
         self.to_v = Linear(context_width, width, bias=False)
         self.to_out = nn.CellList([Linear(width, width)])
-        self.attend = MultiHead(width, heads, upcast=upcast)
+        self.attend = shared(MultiHead, width, heads, False, upcast)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         return self.to_out[0](self.attend(self.to_q(x), self.to_k(context), self.to_v(context)))
@@ -63,7 +64,7 @@ class GEGLU(nn.Cell):
         super().__init__()
         self.proj = Linear(width, 2 * inner)
         self.split = ops.Split(-1, 2)
-        self.gated = GatedGELU()
+        self.gated = shared(GatedGELU)
 
     def construct(self, x: Tensor) -> Tensor:
         hidden, gate = self.split(self.proj(x))

@@ -5,7 +5,15 @@ from __future__ import annotations
 from mindspore import Tensor, nn, ops
 
 from diffusion.config import VAEConfig
-from diffusion.layers import Conv2d, GroupNorm, Linear, ScaledDotProduct, name_parameters, silu
+from diffusion.layers import (
+    Conv2d,
+    GroupNorm,
+    Linear,
+    ScaledDotProduct,
+    name_parameters,
+    shared,
+    silu,
+)
 from diffusion.resnet import Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6
@@ -21,7 +29,7 @@ class Attention(nn.Cell):
         self.to_k = Linear(channels, channels)
         self.to_v = Linear(channels, channels)
         self.to_out = nn.CellList([Linear(channels, channels)])
-        self.attend = ScaledDotProduct(channels)
+        self.attend = shared(ScaledDotProduct, channels)
 
     def construct(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape

@@ -7,7 +7,6 @@ the rank that fails.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
