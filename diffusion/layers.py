@@ -27,6 +27,22 @@ def shared(kind: type[nn.Cell], *arguments: object) -> nn.Cell:
     return kind(*arguments)
 
 
+# Primitives and functions: methods of tensors, and cells, are read anew each time when compiling.
+RESHAPE, CAST, TRANSPOSE = ops.Reshape(), ops.Cast(), ops.Transpose()
+_MATMUL, _BIAS_ADD, _SUM = ops.MatMul(transpose_b=True), ops.BiasAdd(), ops.ReduceSum()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b over the last axis of (rows, in) or (batch, rows, in), in the dtype of x."""
+    out_features, in_features = weight.shape
+    y = _MATMUL(RESHAPE(x, (-1, in_features)), CAST(weight, x.dtype))
+    if bias is not None:
+        y = _BIAS_ADD(y, CAST(bias, x.dtype))
+    if x.ndim == 3:
+        y = RESHAPE(y, (x.shape[0], -1, out_features))
+    return y
+
+
 class Linear(nn.Cell):
     """y = x Wᵀ + b over the last axis; weight (out, in), bias (out,)."""
 
@@ -39,15 +55,9 @@ class Linear(nn.Cell):
         if bias:
             bound = 1 / math.sqrt(in_features)
             self.bias = Parameter(initializer(Uniform(bound), (out_features,)))
-        self.matmul = ops.MatMul(transpose_b=True)
-        self.bias_add = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        y = self.matmul(x.reshape(-1, self.in_features), self.weight.astype(x.dtype))
-        if self.bias is not None:
-            y = self.bias_add(y, self.bias.astype(x.dtype))
-        return y.reshape(shape[:-1] + (self.out_features,))
+        return linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Cell):
@@ -78,9 +88,9 @@ class Conv2d(nn.Cell):
         self.bias_add = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.conv(x, self.weight.astype(x.dtype))
+        y = self.conv(x, CAST(self.weight, x.dtype))
         if self.bias is not None:
-            y = self.bias_add(y, self.bias.astype(x.dtype))
+            y = self.bias_add(y, CAST(self.bias, x.dtype))
         return y
 
 
@@ -105,8 +115,8 @@ class LayerNorm(nn.Cell):
         self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.astype(ms.float32), self.bias.astype(ms.float32)
-        return self.norm(x.astype(ms.float32), weight, bias)[0].astype(x.dtype)
+        weight, bias = CAST(self.weight, ms.float32), CAST(self.bias, ms.float32)
+        return CAST(self.norm(CAST(x, ms.float32), weight, bias)[0], x.dtype)
 
 
 _LONG = 4096
@@ -124,11 +134,13 @@ def row_means(x: Tensor, height: int, width: int) -> Tensor:
         part = width
     if n <= _LONG:
         part = n
-    means = ops.matmul(x.reshape(-1, part), ops.fill(x.dtype, (part, 1), 1.0 / part))
+    means = ops.matmul(RESHAPE(x, (-1, part)), ops.fill(x.dtype, (part, 1), 1.0 / part))
     if part < n:
         parts = n // part
-        means = ops.matmul(means.reshape(rows, parts), ops.fill(x.dtype, (parts, 1), 1.0 / parts))
-    return means.reshape(-1)
+        means = ops.matmul(
+            RESHAPE(means, (rows, parts)), ops.fill(x.dtype, (parts, 1), 1.0 / parts)
+        )
+    return RESHAPE(means, (-1,))
 
 
 _EPS = 1e-5
@@ -146,7 +158,8 @@ def row_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     rows, n = x.shape
     mean = _ZEROS(shift)
     variance = _ONES(scale) - _EPS
-    return _BATCH_NORM(x.reshape(1, rows, n, 1), scale, shift, mean, variance)[0].reshape(rows, n)
+    y = _BATCH_NORM(RESHAPE(x, (1, rows, n, 1)), scale, shift, mean, variance)[0]
+    return RESHAPE(y, (rows, n))
 
 
 class GroupNorm(nn.Cell):
@@ -159,8 +172,7 @@ class GroupNorm(nn.Cell):
         self.normalize = shared(_GroupNorm, groups, eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.astype(ms.float32), self.bias.astype(ms.float32)
-        return self.normalize(x, weight, bias)
+        return self.normalize(x, CAST(self.weight, ms.float32), CAST(self.bias, ms.float32))
 
 
 class _GroupNorm(nn.Cell):
@@ -179,25 +191,25 @@ class _GroupNorm(nn.Cell):
 
         Both float32.
         """
-        x = x.astype(ms.float32)
-        rows = x.reshape(x.shape[0] * self.groups, -1)
+        x = CAST(x, ms.float32)
+        rows = RESHAPE(x, (x.shape[0] * self.groups, -1))
         mean = row_means(rows, x.shape[2], x.shape[3])
         centred = row_affine(rows, _ONES(mean), -mean)
         variance = row_means(centred * centred, x.shape[2], x.shape[3])
         return centred, ops.rsqrt(variance + self.eps)
 
     def of_channels(self, per_group: Tensor, weight: Tensor) -> Tensor:
-        """(batch · groups,) → (batch, groups, channels of a group), times the weight."""
+        """(batch · groups,) → (batch · channels,), times the weight."""
         shape = (-1, self.groups, 1)
-        return per_group.reshape(shape) * weight.reshape(1, self.groups, -1)
+        return RESHAPE(RESHAPE(per_group, shape) * RESHAPE(weight, (1, self.groups, -1)), (-1,))
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         centred, inverse = self.centred(x)
-        scale = self.of_channels(inverse, weight).reshape(-1)
+        scale = self.of_channels(inverse, weight)
         shift = ops.tile(bias, (batch,))
-        y = row_affine(centred.reshape(batch * channels, height * width), scale, shift)
-        return y.reshape(batch, channels, height, width).astype(x.dtype)
+        y = row_affine(RESHAPE(centred, (batch * channels, height * width)), scale, shift)
+        return CAST(RESHAPE(y, x.shape), x.dtype)
 
     def bprop(
         self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, dout: Tensor
@@ -205,39 +217,39 @@ class _GroupNorm(nn.Cell):
         batch, channels, height, width = x.shape
         rows, pixels = batch * channels, height * width
         centred, inverse = self.centred(x)
-        centred = centred.reshape(rows, pixels)
-        dout = dout.reshape(rows, pixels).astype(ms.float32)
+        centred = RESHAPE(centred, (rows, pixels))
+        dout = CAST(RESHAPE(dout, (rows, pixels)), ms.float32)
         grouped = (batch * self.groups, -1)
         ones = _ONES(weight)
-        of_rows = self.of_channels(inverse, ones).reshape(-1)
+        of_rows = self.of_channels(inverse, ones)
         # Means over the pixels of a channel: of dout, and of dout times the normalised x.
         plain = row_means(dout, height, width)
         along = row_means(dout * centred, height, width) * of_rows
-        scaled = self.of_channels(_ONES(inverse), weight).reshape(-1)
+        scaled = self.of_channels(_ONES(inverse), weight)
         size = channels // self.groups
-        mean_plain = (plain * scaled).reshape(grouped).sum(1) / size
-        mean_along = (along * scaled).reshape(grouped).sum(1) / size
-        shift = self.of_channels(-inverse * mean_plain, ones).reshape(-1)
-        back = self.of_channels(inverse * inverse * mean_along, ones).reshape(-1)
+        mean_plain = _SUM(RESHAPE(plain * scaled, grouped), 1) / size
+        mean_along = _SUM(RESHAPE(along * scaled, grouped), 1) / size
+        shift = self.of_channels(-inverse * mean_plain, ones)
+        back = self.of_channels(inverse * inverse * mean_along, ones)
         dx = row_affine(dout, of_rows * scaled, shift)
         dx = dx - row_affine(centred, back, _ZEROS(back))
-        dweight = along.reshape(batch, channels).sum(0) * pixels
-        dbias = plain.reshape(batch, channels).sum(0) * pixels
-        return dx.reshape(x.shape).astype(x.dtype), dweight, dbias
+        dweight = _SUM(RESHAPE(along, (batch, channels)), 0) * pixels
+        dbias = _SUM(RESHAPE(plain, (batch, channels)), 0) * pixels
+        return CAST(RESHAPE(dx, x.shape), x.dtype), dweight, dbias
 
 
 class AddToChannels(nn.Cell):
     """(batch, channels, height, width) + (batch, channels)."""
 
     def construct(self, x: Tensor, addend: Tensor) -> Tensor:
-        rows = x.reshape(x.shape[0] * x.shape[1], -1).astype(ms.float32)
-        addend = addend.reshape(-1).astype(ms.float32)
-        return row_affine(rows, _ONES(addend), addend).reshape(x.shape).astype(x.dtype)
+        rows = CAST(RESHAPE(x, (x.shape[0] * x.shape[1], -1)), ms.float32)
+        addend = CAST(RESHAPE(addend, (-1,)), ms.float32)
+        return CAST(RESHAPE(row_affine(rows, _ONES(addend), addend), x.shape), x.dtype)
 
     def bprop(self, x: Tensor, addend: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        rows = dout.reshape(x.shape[0] * x.shape[1], -1).astype(ms.float32)
+        rows = CAST(RESHAPE(dout, (x.shape[0] * x.shape[1], -1)), ms.float32)
         means = row_means(rows, x.shape[2], x.shape[3])
-        return dout, (means * rows.shape[1]).reshape(addend.shape).astype(addend.dtype)
+        return dout, CAST(RESHAPE(means * rows.shape[1], addend.shape), addend.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -281,7 +293,7 @@ class GELU(nn.Cell):
 
 
 # Primitives: the functions around them do not compile within the backward pass of a backward pass.
-_SOFTMAX, _CONCAT, _SUM = ops.Softmax(-1), ops.Concat(-1), ops.ReduceSum(keep_dims=True)
+_SOFTMAX, _CONCAT, _LAST_SUM = ops.Softmax(-1), ops.Concat(-1), ops.ReduceSum(keep_dims=True)
 
 
 class ScaledDotProduct(nn.Cell):
@@ -305,7 +317,7 @@ class ScaledDotProduct(nn.Cell):
 
     def probabilities(self, q: Tensor, k: Tensor) -> Tensor:
         if self.upcast:
-            q, k = q.astype(ms.float32), k.astype(ms.float32)
+            q, k = CAST(q, ms.float32), CAST(k, ms.float32)
         scores = self.scores(q * self.scale, k)
         if self.causal:
             tokens = q.shape[1]
@@ -314,23 +326,23 @@ class ScaledDotProduct(nn.Cell):
         return _SOFTMAX(scores)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.product(self.probabilities(q, k).astype(v.dtype), v)
+        return self.product(CAST(self.probabilities(q, k), v.dtype), v)
 
     def bprop(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = v.dtype
         p = self.probabilities(q, k)
-        dv = self.product_transposed(p.astype(dtype), dout)
+        dv = self.product_transposed(CAST(p, dtype), dout)
         if p.dtype != dtype:
-            q, k = q.astype(p.dtype), k.astype(p.dtype)
-            v, dout = v.astype(p.dtype), dout.astype(p.dtype)
+            q, k = CAST(q, p.dtype), CAST(k, p.dtype)
+            v, dout = CAST(v, p.dtype), CAST(dout, p.dtype)
             out = self.product(p, v)
-        with_sum = _CONCAT((dout, -_SUM(out * dout, -1)))
+        with_sum = _CONCAT((dout, -_LAST_SUM(out * dout, -1)))
         with_one = _CONCAT((v, _ONES(v[:, :, :1])))
         ds = p * self.scores(with_sum, with_one) * self.scale
         dq, dk = self.product(ds, k), self.product_transposed(ds, q)
-        return dq.astype(dtype), dk.astype(dtype), dv
+        return CAST(dq, dtype), CAST(dk, dtype), dv
 
 
 class MultiHead(nn.Cell):
@@ -344,22 +356,22 @@ class MultiHead(nn.Cell):
 
     def split(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
-        x = x.reshape(batch, tokens, self.heads, self.head_width).transpose(0, 2, 1, 3)
-        return x.reshape(batch * self.heads, tokens, self.head_width)
+        x = RESHAPE(x, (batch, tokens, self.heads, self.head_width))
+        return RESHAPE(TRANSPOSE(x, (0, 2, 1, 3)), (-1, tokens, self.head_width))
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, tokens, width = q.shape
         out = self.attend(self.split(q), self.split(k), self.split(v))
-        out = out.reshape(batch, self.heads, tokens, self.head_width).transpose(0, 2, 1, 3)
-        return out.reshape(batch, tokens, width)
+        out = RESHAPE(out, (batch, self.heads, tokens, self.head_width))
+        return RESHAPE(TRANSPOSE(out, (0, 2, 1, 3)), (batch, tokens, width))
 
 
 def upsample_nearest(x: Tensor) -> Tensor:
     """(batch, channels, h, w) → (batch, channels, 2h, 2w) by repetition."""
     batch, channels, height, width = x.shape
-    x = x.reshape(batch, channels, height, 1, width, 1)
+    x = RESHAPE(x, (batch, channels, height, 1, width, 1))
     x = ops.broadcast_to(x, (batch, channels, height, 2, width, 2))
-    return x.reshape(batch, channels, 2 * height, 2 * width)
+    return RESHAPE(x, (batch, channels, 2 * height, 2 * width))
 
 
 def name_parameters(network: nn.Cell) -> nn.Cell:

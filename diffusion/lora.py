@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from diffusion.layers import Conv2d, Linear, name_parameters
+from diffusion.layers import Conv2d, Linear, linear, name_parameters
 from diffusion.randomness import generator
 from weights.lora import Adapter, target_modules
 
@@ -37,19 +37,13 @@ class LoRALinear(nn.Cell):
         self.bias = layer.bias
         self.lora_down = Linear(layer.in_features, rank, bias=False)
         self.lora_up = Linear(rank, layer.out_features, bias=False)
-        self.matmul = layer.matmul
-        self.bias_add = layer.bias_add
 
     def construct(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        y = self.matmul(x.reshape(-1, self.in_features), self.weight.astype(x.dtype))
-        if self.bias is not None:
-            y = self.bias_add(y, self.bias.astype(x.dtype))
         low = self.lora_down(x)
         if self.mask is not None and self.training:
             mask = self.mask.reshape((-1,) + (1,) * (low.ndim - 2) + (self.rank,))
             low = low * mask.astype(low.dtype)
-        return y.reshape(shape[:-1] + (self.out_features,)) + self.scale * self.lora_up(low)
+        return linear(x, self.weight, self.bias) + self.scale * self.lora_up(low)
 
 
 class LoRAConv2d(nn.Cell):

@@ -10,6 +10,8 @@ from mindspore import Tensor, nn, ops
 
 from diffusion.config import UNetConfig
 from diffusion.layers import (
+    RESHAPE,
+    TRANSPOSE,
     Conv2d,
     GatedGELU,
     GroupNorm,
@@ -122,13 +124,13 @@ class Transformer2D(nn.Cell):
         hidden = self.norm(x)
         if not self.linear:
             hidden = self.proj_in(hidden)
-        hidden = hidden.reshape(batch, channels, height * width).transpose(0, 2, 1)
+        hidden = TRANSPOSE(RESHAPE(hidden, (batch, channels, height * width)), (0, 2, 1))
         if self.linear:
             hidden = self.proj_in(hidden)
         hidden = self.transformer_blocks[0](hidden, context)
         if self.linear:
             hidden = self.proj_out(hidden)
-        hidden = hidden.transpose(0, 2, 1).reshape(batch, channels, height, width)
+        hidden = RESHAPE(TRANSPOSE(hidden, (0, 2, 1)), x.shape)
         if not self.linear:
             hidden = self.proj_out(hidden)
         return x + hidden

@@ -10,6 +10,15 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from trainer.config import OptimizerConfig
 
+_SLICE, _RESHAPE, _SUM = ops.Slice(), ops.Reshape(), ops.ReduceSum()
+_EACH = ops.HyperMap()  # a loop takes a hundredth of a second to compile, for each time around
+
+
+def _put(weights: Tensor, parameter: Parameter, start: int) -> Tensor:
+    """Store in a parameter its part of the flat weights."""
+    part = _SLICE(weights, (start,), (parameter.size,))
+    return ops.assign(parameter, _RESHAPE(part, parameter.shape))
+
 
 class Optimizer(nn.Cell):
     """What AdamW and Prodigy share: the flat view of the parameters, clipping, their average.
@@ -29,6 +38,7 @@ class Optimizer(nn.Cell):
         # graph that is read from disk finds by their names only the parameters of its cell.
         self.trained = ParameterTuple(parameters)
         self.sizes = [math.prod(parameter.shape) for parameter in parameters]
+        self.starts = tuple(sum(self.sizes[:i]) for i in range(len(self.sizes)))
         self.size = sum(self.sizes)
         self.betas = options.betas
         self.eps = options.eps
@@ -71,7 +81,7 @@ class Optimizer(nn.Cell):
 
     def clipped(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient, zero where it is not finite, and clipped; its norm; 1 if it is finite."""
-        norm = ops.sqrt((gradient * gradient).sum())
+        norm = ops.sqrt(_SUM(gradient * gradient))
         keep = ops.isfinite(norm).astype(gradient.dtype)
         finite = ops.select(ops.isfinite(gradient), gradient, ops.zeros_like(gradient))
         clip = ops.minimum(self.max_grad_norm / (norm + 1e-6), ops.ones_like(norm))
@@ -88,11 +98,7 @@ class Optimizer(nn.Cell):
     def write(self, weights: Tensor, share: Tensor) -> None:
         """Store the new weights, and `share` of them in their average."""
         ops.assign(self.average, (1 - share) * self.average + share * weights)
-        start = 0
-        for i in range(len(self.trained)):
-            part = weights[start : start + self.sizes[i]]
-            ops.assign(self.trained[i], part.reshape(self.trained[i].shape))
-            start += self.sizes[i]
+        _EACH(ops.partial(_put, weights), self.trained, self.starts)
 
 
 class AdamW(Optimizer):
@@ -159,10 +165,10 @@ class Prodigy(Optimizer):
         d, weights = self.estimate[0], flatten(self.trained)
         rate = keep * d * learning_rate * ops.sqrt(correction2) / (correction1 + 1 - keep)
         relative = d / self.FIRST
-        along = (gradient * (self.start - weights)).sum()
+        along = _SUM(gradient * (self.start - weights))
         numerator = (1 - share3) * self.estimate[1] + relative * rate * along
         gradients = (1 - share3) * self.gradients + keep * relative * d * gradient
-        denominator = gradients.abs().sum()
+        denominator = _SUM(ops.abs(gradients))
         found = numerator / ops.maximum(denominator, 1e-30 * ops.ones_like(denominator))
         new_d = ops.maximum(d, found)
         moment1 = (1 - share1) * self.moment1 + share1 * d * gradient
@@ -195,9 +201,13 @@ def make_optimizer(
     return AdamW(parameters, options, rates if len(set(factors)) > 1 else None)
 
 
+def _row(tensor: Tensor) -> Tensor:
+    return _RESHAPE(tensor, (-1,))
+
+
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """All tensors in one float32 vector."""
-    return ops.concat([tensor.reshape(-1) for tensor in tensors])
+    return ops.concat(_EACH(_row, tensors))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:

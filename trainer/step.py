@@ -16,6 +16,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from trainer.batches import Batch
 from trainer.optimizer import Optimizer, flatten
 
+_MEAN, _SLICE = ops.ReduceMean(), ops.Slice()  # slices in brackets take seconds to compile
 FIRST_SCALE = 65536.0
 GROW_AFTER = 2000
 """The loss scale doubles after so many steps without overflow, and halves at each overflow."""
@@ -39,7 +40,7 @@ class DiffusionLoss(nn.Cell):
         if self.text_encoder is not None:
             text = self.text_encoder(text)
         error = self.unet(noisy, timesteps, text) - target
-        return (error * error * weights).mean((1, 2, 3))
+        return _MEAN(error * error * weights, (1, 2, 3))
 
 
 class _Scaled(nn.Cell):
@@ -50,7 +51,7 @@ class _Scaled(nn.Cell):
         self.loss = loss
 
     def construct(self, scale: Tensor, *batch: Tensor) -> Tensor:
-        return self.loss(*batch).mean() * scale
+        return _MEAN(self.loss(*batch), ()) * scale
 
 
 class Gradient(nn.Cell):
@@ -104,20 +105,21 @@ class Update(nn.Cell):
 
     def construct(self, scalars: Tensor) -> Tensor:
         """`scalars`: learning rate, EMA decay, growth of the loss scale, stop; see Outcome."""
-        scale = self.scaling[0]
-        vector = ops.concat((self.buffer, scalars[3:]))
+        scale, size = self.scaling[0], self.optimizer.size
+        vector = ops.concat((self.buffer, _SLICE(scalars, (3,), (1,))))
         ops.assign(self.buffer, ops.zeros_like(self.buffer))
         if self.all_reduce is not None:
             vector = self.all_reduce(vector)
-        mean = vector[:-1] / (self.micro_batches * scale)
-        norm, applied, rate = self.optimizer(mean[:-1], scalars[0], scalars[1])
+        gradient, loss = _SLICE(vector, (0,), (size,)), vector[size]
+        count = self.micro_batches * scale
+        norm, applied, rate = self.optimizer(gradient / count, scalars[0], scalars[1])
         # Overflow: half the scale, and count anew; long enough without: double, and count anew.
         good = applied * (self.scaling[1] + 1)
         grown = (good >= GROW_AFTER).astype(good.dtype)
         factor = (1 + grown) * (0.5 + 0.5 * applied)
         new_scale = scale + scalars[2] * (scale * factor - scale)
         ops.assign(self.scaling, ops.stack((new_scale, good * (1 - grown))))
-        return ops.stack((mean[-1], norm, applied, rate, scale, vector[-1]))
+        return ops.stack((loss / count, norm, applied, rate, scale, vector[size + 1]))
 
 
 @dataclass(frozen=True)
