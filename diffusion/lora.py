@@ -43,7 +43,10 @@ class LoRALinear(nn.Cell):
         if self.mask is not None and self.training:
             mask = self.mask.reshape((-1,) + (1,) * (low.ndim - 2) + (self.rank,))
             low = low * mask.astype(low.dtype)
-        return linear(x, self.weight, self.bias) + self.scale * self.lora_up(low)
+        adapted = self.lora_up(low)
+        if self.scale != 1:
+            adapted = self.scale * adapted
+        return linear(x, self.weight, self.bias) + adapted
 
 
 class LoRAConv2d(nn.Cell):
@@ -70,7 +73,10 @@ class LoRAConv2d(nn.Cell):
         low = self.lora_down(x)
         if self.mask is not None and self.training:
             low = low * self.mask.expand_dims(-1).expand_dims(-1).astype(low.dtype)
-        return y + self.scale * self.lora_up(low)
+        adapted = self.lora_up(low)
+        if self.scale != 1:
+            adapted = self.scale * adapted
+        return y + adapted
 
 
 def inject(

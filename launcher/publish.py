@@ -92,7 +92,7 @@ def _push(job: Job, result: Result, registry: str) -> queue.Push:
         else {}
     )
     return queue.Push(
-        registry,
+        registry if registry.startswith("s3://") else os.path.abspath(registry),
         job.config.name,
         result.artifact,
         metrics=metrics,

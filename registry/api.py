@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from registry import documents, garbage, signing
+from registry import documents, garbage, logs, signing
 from registry.errors import RegistryError, os_errors
 from registry.files import copy_hashing, copy_whole, written_beside
 from registry.manifest import FileEntry, Manifest
@@ -490,6 +490,7 @@ class Registry:
         check_alias(alias)
         entry = model.aliases.get(alias)
         if entry is None or entry.version is None:
+            logs.entries(self.store, f"models/{model.name}/aliases/{alias}")  # raises if damaged
             known = ", ".join(model.aliases) or "none"
             raise RegistryError(
                 f"{model.name} has no alias {alias!r}; it has {known}; see lora-registry alias list"

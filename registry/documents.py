@@ -15,7 +15,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from registry import signing
-from registry.errors import RegistryError, problems
+from registry.errors import Damaged, RegistryError, problems
 from registry.store import MAX_DOCUMENT_BYTES, Store
 
 Document = TypeVar("Document", bound=BaseModel)
@@ -85,8 +85,8 @@ def read(
 ) -> Document:
     """The document under a key; with `fresh` not from a cache.
 
-    `words` says what it should be. Raises RegistryError, with the remedy, if it is not there or not
-    that.
+    `words` says what it should be. Raises RegistryError, with the remedy, if it is not there,
+    Damaged if it is not that.
     """
     reason = ""
     for asked in (True, True, True) if fresh else (False, True, True):
@@ -97,7 +97,7 @@ def read(
             return opened(data, kind)
         except ValueError as error:
             reason = str(error)
-    raise RegistryError(
+    raise Damaged(
         f"{key} in the registry {store.location} is not {words} that this program can read "
         f"({reason}); {remedy}, or use a newer lora-registry"
     )

@@ -15,6 +15,10 @@ class RegistryError(Exception):
     """What was expected, what was found and what to do, in one sentence."""
 
 
+class Damaged(RegistryError):
+    """A document of the registry is there, and is not what was written."""
+
+
 @contextmanager
 def os_errors(action: str) -> Iterator[None]:
     """Turn an ``OSError`` raised in the block into a :class:`RegistryError`.

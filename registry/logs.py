@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from registry import documents, signing
-from registry.errors import RegistryError
+from registry.errors import Damaged, RegistryError
 from registry.store import Store
 
 _ATTEMPTS = 1000
@@ -129,11 +129,12 @@ def _numbers(store: Store, folder: str) -> list[int]:
 
 
 def read(store: Store, folder: str, number: int, fresh: bool = False) -> LogEntry:
-    """An entry. Raises RegistryError if it is not there or not that of this place."""
+    """An entry. Raises RegistryError if it is not there, Damaged if it is not that of this
+    place."""
     key = _key(folder, number)
     entry = documents.read(store, key, LogEntry, "an entry", fresh)
     if entry.place != key:
-        raise RegistryError(
+        raise Damaged(
             f"{key} in the registry {store.location} is the entry of {entry.place}; restore the "
             "one that was there"
         )

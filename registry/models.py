@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import TypeVar
 
 from registry import logs
+from registry.errors import Damaged
 from registry.logs import LogEntry
 from registry.references import NAME_PATTERN
 from registry.store import Store
@@ -22,6 +25,8 @@ _KEY = re.compile(
     r"|(?P<log>(?:states|cards)/[0-9]{8}|aliases/[^/]+|events)/(?P<number>[0-9]{8}))\.json"
 )
 _READERS = 16
+_NEVER = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_log = logging.getLogger("lora-registry")
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,8 @@ def listings(store: Store, name: str | None = None) -> dict[str, Listing]:
 def models(store: Store, name: str | None = None) -> list[Model]:
     """Those that ever had a version, by name; one listing, and a read for each log.
 
-    What was done to versions counts if the policy lets it. Raises RegistryError if the store fails
-    or a log cannot be read.
+    What was done to versions counts if the policy lets it. A log whose newest entry is damaged is
+    said to be. Raises RegistryError if the store fails.
     """
     found = listings(store, name)
     wanted = [
@@ -93,9 +98,19 @@ def models(store: Store, name: str | None = None) -> list[Model]:
     def one(place: tuple[str, str, list[int]]) -> LogEntry | None:
         model, log, numbers = place
         folder = f"models/{model}/{log}"
-        if log.startswith("states/"):
-            return logs.newest(store, folder, numbers)
-        return logs.read(store, folder, numbers[-1])
+        try:
+            if log.startswith("states/"):
+                return logs.newest(store, folder, numbers)
+            return logs.read(store, folder, numbers[-1])
+        except Damaged as error:
+            # The others are listed all the same. A version of which nobody can tell whether it was
+            # yanked is not used by chance; an alias that means nobody knows what means nothing.
+            _log.warning("warning: %s", error)
+            if not log.startswith("states/"):
+                return None
+            return LogEntry(
+                place=folder, action="yank", reason=str(error)[:1000], by="", at=_NEVER, id="none"
+            )
 
     entries: dict[str, dict[str, LogEntry]] = defaultdict(dict)
     for (model, log, _), entry in zip(wanted, in_parallel(one, wanted), strict=True):

@@ -204,10 +204,9 @@ class S3Store:
         source: Path,
         entry: FileEntry,
         progress: Progress = silent,
-        anew: bool = False,
     ) -> None:
         with self.errors("write objects"):
-            if entry.size > _CHEAP_BYTES and not anew and self._is_whole(key, entry):
+            if entry.size > _CHEAP_BYTES and self._is_whole(key, entry):
                 progress(entry.size)
                 return
             if entry.size <= CHUNK_BYTES:

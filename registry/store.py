@@ -94,9 +94,8 @@ class Store(Protocol):
         source: Path,
         entry: FileEntry,
         progress: Progress = silent,
-        anew: bool = False,
     ) -> None:
-        """Store the file ``source``, whole or not at all, if need be or in any case with ``anew``.
+        """Store the file ``source``, whole or not at all, if need be.
 
         Raises ``RegistryError`` if the bytes of ``source`` are not those of ``entry``.
         """
@@ -207,7 +206,6 @@ class FolderStore:
         source: Path,
         entry: FileEntry,
         progress: Progress = silent,
-        anew: bool = False,
     ) -> None:
         from weights.files import sha256
 
@@ -218,7 +216,7 @@ class FolderStore:
                 raise RegistryError(f"{source} changed while it was pushed; push it again")
 
         with os_errors(f"write to the registry {self.location}"):
-            if not anew and path.is_file() and sha256(path) == entry.sha256:
+            if path.is_file() and sha256(path) == entry.sha256:
                 progress(entry.size)
                 return
             with written_beside(path, write, mode=0o444) as temporary:

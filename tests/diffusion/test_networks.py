@@ -12,7 +12,13 @@ from mindspore.nn.utils import no_init_parameters
 
 from diffusion import models
 from diffusion.config import ModelConfig, TextEncoderConfig, UNetConfig, load_model_config
-from diffusion.layers import GroupNorm, LayerNorm, ScaledDotProduct
+from diffusion.layers import (
+    GroupNorm,
+    LayerNorm,
+    ScaledDotProduct,
+    _FusedGroupNorm,
+    _GroupNorm,
+)
 from diffusion.lora import adapters, inject, lora_parameters
 from diffusion.randomness import generator
 from diffusion.text_encoder import CLIPTextModel
@@ -286,3 +292,28 @@ def test_upcast_attention_reaches_every_attention() -> None:
 def small(config: ModelConfig, upcast: bool) -> ModelConfig:
     unet = UNET.model_copy(update={"upcast_attention": upcast})
     return config.model_copy(update={"unet": unet})
+
+
+class _Normalized(nn.Cell):
+    """Gradients by x, weight and bias, and the value."""
+
+    def __init__(self, norm: nn.Cell):
+        super().__init__()
+        self.norm = norm
+        self.gradients = ops.GradOperation(get_all=True, sens_param=True)
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor) -> tuple:
+        value = self.norm(x, weight, bias)
+        return (value, *self.gradients(self.norm)(x, weight, bias, dout))
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 6, 10), (3, 8, 64, 80)])
+def test_group_norm_is_on_cpu_what_it_is_elsewhere(shape: tuple[int, ...]) -> None:
+    """Of large values far from zero too; with an odd number of pixels in a group."""
+    draw = np.random.default_rng(0)
+    arrays = [draw.normal(5, 3, shape), draw.normal(1, 1, shape[1]), draw.normal(0, 1, shape[1])]
+    given = [Tensor(array, ms.float32) for array in (*arrays, draw.normal(0, 1, shape))]
+    both = [_Normalized(kind(4, 1e-5))(*given) for kind in (_GroupNorm, _FusedGroupNorm)]
+    for one, other in zip(*both, strict=True):
+        largest = np.abs(one.asnumpy()).max()
+        np.testing.assert_allclose(other.asnumpy(), one.asnumpy(), rtol=0, atol=1e-5 * largest)

@@ -97,3 +97,19 @@ def spawn() -> Spawn:
         )
 
     return start
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Of a server of the user's own, a table of what holds there (`make test-s3`)."""
+    if "LORA_TEST_S3_ENDPOINT" not in os.environ:
+        return
+    words = {"passed": "holds", "failed": "DOES NOT HOLD", "skipped": "not tried"}
+    rows = []
+    for outcome, word in words.items():
+        for report in terminalreporter.stats.get(outcome, ()):
+            test = report.nodeid.rpartition("::")[2].removeprefix("test_")
+            rows.append((test.replace("_", " ").replace("[own]", ""), word))
+    width = max((len(test) for test, _ in rows), default=0)
+    terminalreporter.section(f"what holds at {os.environ['LORA_TEST_S3_ENDPOINT']}")
+    for test, word in sorted(rows):
+        terminalreporter.line(f"{test:<{width}}  {word}")

@@ -296,3 +296,22 @@ def test_a_damaged_manifest_is_in_the_way_of_nothing_else(
     yank(four, "ink@3", "damaged")
     remove(four, "ink@3")
     assert not any(found.due for found in collect(four))
+
+
+def test_a_damaged_log_is_in_the_way_of_nothing_else(
+    four: Registry, folder: Path, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it says of its version or alias is not guessed."""
+    set_alias(four, "ink", "prod", 2)
+    set_alias(four, "ink", "best", 1)
+    yank(four, "ink@4", "blurred")
+    unyank(four, "ink@4")
+    damage(folder / "models/ink/aliases/prod/00000001.json")
+    damage(folder / "models/ink/states/00000004/00000002.json")
+    (found,) = four.models()
+    assert (found.versions, found.aliases.keys()) == ((1, 2, 3, 4), {"best"})
+    assert "damaged" in found.yanked[4]
+    assert found.newest == 3
+    assert "aliases/prod/00000001.json" in caplog.text
+    with pytest.raises(RegistryError, match="damaged"):
+        four.resolve("ink@prod")
