@@ -153,6 +153,11 @@ main.add_command(report)
     metavar="URL",
     help="Send them to this Pushgateway every 15 seconds, from nodes that cannot be scraped.",
 )
+@click.option(
+    "--estimate",
+    is_flag=True,
+    help="With --dry-run: time, memory and bytes on the wire on 910A and 910B.",
+)
 @click.option("--dry-run", is_flag=True, help="Print plan and command; write and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -177,6 +182,7 @@ def run(
     metrics_key: Path | None,
     require_metrics: bool,
     push_gateway: str | None,
+    estimate: bool,
     dry_run: bool,
     as_json: bool,
     debug: bool,
@@ -190,7 +196,7 @@ def run(
     \b
     Example:
       lora-launch --devices 2 configs/runs/emoji-ink.yaml
-      lora-launch --devices 0-3 --set lora.rank=16 --dry-run my.yaml
+      lora-launch --devices 0-3 --set lora.rank=16 --dry-run --estimate my.yaml
       lora-launch --devices 8 --max-restarts 3 my.yaml
       lora-launch --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 my.yaml
       lora-launch --devices 2 --resume runs/emoji-ink-20260101-120000
@@ -203,6 +209,10 @@ def run(
     from launcher.request import Request, Scraping
     from launcher.run import launch
 
+    if estimate and not dry_run:
+        raise click.UsageError(
+            "--estimate needs --dry-run: nothing is estimated of a run that runs"
+        )
     target = None if device_target == "auto" else device_target
     try:
         mounted = read_when_complete()
@@ -222,6 +232,7 @@ def run(
                 rank_table,
                 accept_changes,
                 dry_run,
+                estimate,
                 Scraping(
                     metrics_port,
                     metrics_host,

@@ -47,5 +47,7 @@ class Request:
     accept_changes: bool = False
     dry_run: bool = False
     """Nothing will be started: weights and images need not be at hand."""
+    estimate: bool = False
+    """A dry run says what the run would take on Ascend."""
     scraping: Scraping = field(default_factory=Scraping)
     """Who is told how the run goes."""

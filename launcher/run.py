@@ -18,6 +18,7 @@ from typing import Any
 from cluster.host import is_private
 from cluster.msrun import Msrun
 from cluster.ranktable import server_of
+from launcher import estimate
 from launcher.channel import Message
 from launcher.errors import Failure, Interrupted, LaunchError, RunFailed, Stopped
 from launcher.evaluation import scores_of
@@ -66,7 +67,10 @@ def launch(request: Request, *, as_json: bool = False, worker: str = WORKER) -> 
     if request.dry_run:
         job = prepare(request, datetime.now(timezone.utc), worker)
         _tell(plan_text(job))
-        print(json.dumps(dry_run_json(job), indent=2) if as_json else dry_run_text(job))
+        found = estimate.estimates(job.config, job.plan) if request.estimate else None
+        print(
+            json.dumps(dry_run_json(job, found), indent=2) if as_json else dry_run_text(job, found)
+        )
         return
     if killed := end_leftovers():
         _tell(f"ended {len(killed)} processes that a lora-launch which was killed had left behind")

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from launcher import evaluation
+from launcher import estimate, evaluation
+from launcher.estimate import Estimate
 from launcher.job import Job
 from launcher.publish import Result
 from trainer.plan import Plan
@@ -141,8 +142,8 @@ def _cache_row(job: Job) -> dict[str, str]:
     return {"cache": f"{job.config.cache}, has {there:,} of {needed:,} images"}
 
 
-def dry_run_text(job: Job) -> str:
-    """What would be started and with which environment."""
+def dry_run_text(job: Job, found: list[Estimate] | None = None) -> str:
+    """What would be started and with which environment, and what it is estimated to take."""
     parts = [
         "command",
         f"  {shlex.join(job.start.command)}",
@@ -151,10 +152,12 @@ def dry_run_text(job: Job) -> str:
     ]
     if job.rank_table is not None:
         parts += ["rank table", job.rank_table.rstrip()]
+    if found is not None:
+        parts.append(estimate.text(found))
     return "\n".join(parts)
 
 
-def dry_run_json(job: Job) -> dict[str, Any]:
+def dry_run_json(job: Job, found: list[Estimate] | None = None) -> dict[str, Any]:
     """The same and the plan as plain values."""
     return {
         "plan": job.plan.as_dict(),
@@ -163,6 +166,7 @@ def dry_run_json(job: Job) -> dict[str, Any]:
         "command": list(job.start.command),
         "environment": job.start.environment,
         "rank_table": job.rank_table,
+        **({} if found is None else {"estimate": estimate.as_json(found)}),
     }
 
 

@@ -1,0 +1,219 @@
+"""What a run would take on Ascend, from its plan alone: time, memory, bytes on the wire.
+
+Nothing here was measured by this project: there was no NPU. Each constant says what it comes from,
+and the text of an estimate says that it is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffusion import flops
+from diffusion.config import ModelConfig, load_model_config
+from diffusion.flops import Level
+from registry.words import human_time
+from trainer.config import RunConfig
+from trainer.plan import Plan
+from weights.structure import text_encoder_shapes, unet_shapes
+
+CACHED_SPEEDUP = 1.4
+"""From latents that are not encoded in every step: MosaicML's figure for SD 2 on A100."""
+RATES = {"910A": 7.75 * CACHED_SPEEDUP * 1.80e12, "A2": 15.27 * CACHED_SPEEDUP * 1.80e12}
+"""Operations a second that a device comes to in half precision. MindONE's benchmark.md has 7.75 and
+15.27 images/s for a LoRA of SD 1.5 at 512 × 512, batch 4, on one device (MindSpore 2.1 and 2.3),
+with VAE and text encoder in every step; without them an image costs 1.80e12 operations here. The
+same table's SD 2.1 at 768 × 768 with fused attention comes to 1.5 to 3 times as many a second."""
+FP32_SLOWDOWN = 4.0
+"""An assumption: the matrix unit works in half precision, and float32 takes several passes."""
+MEMORY = {"910A": 32e9, "A2": 64e9}
+LATENCY_SECONDS = 5e-3
+"""By which a step of MindONE's LoRA was longer on eight 910B than on one: 262 and 267 ms."""
+SERVER_BYTES = 100e9
+"""A second, of one device's all-reduce in a server: what a full fine-tune of SD 1.5 there (3.4 GB,
+318 ms instead of 253 ms on eight) leaves after that latency."""
+NETWORK_BYTES = 25e9
+"""A second, between servers: 200 Gbit/s of RoCE for each device of an Atlas 800T A2."""
+DEVICES_PER_SERVER = 8
+OTHER_BYTES = 3e9
+"""An assumption: runtime, compiled graphs and workspaces."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run on so many devices of a product."""
+
+    product: str
+    devices: int
+    step_seconds: float
+    compute_seconds: float
+    """Of a step: forward and backward passes."""
+    allreduce_seconds: float
+    allreduce_bytes: int
+    """What one device puts into the all-reduce of a step."""
+    images_per_second: float
+    hours: float
+    """Of training, without encoding into caches and compiling."""
+    memory_bytes: float
+    """Of a device."""
+    parts: Mapping[str, float]
+    """Of the memory, in bytes."""
+
+    @property
+    def fits(self) -> bool:
+        """Is the memory there?"""
+        return self.memory_bytes <= MEMORY[self.product]
+
+
+def estimates(config: RunConfig, plan: Plan) -> list[Estimate]:
+    """The run as it is planned, on each product; none if the plan does not know its images."""
+    if not plan.shapes or not plan.steps or plan.trained_parameters is None:
+        return []
+    return [estimate(config, plan, product, plan.devices) for product in RATES]
+
+
+def estimate(config: RunConfig, plan: Plan, product: str, devices: int) -> Estimate:
+    """The planned run on so many devices, with the micro-batch that it has."""
+    model = load_model_config(plan.model)
+    seen = sum(count for *_, count in plan.shapes)
+    work = sum(
+        count * operations(config, plan, model, (height, width))
+        for width, height, count in plan.shapes
+    )
+    rate = RATES[product] / (FP32_SLOWDOWN if plan.precision == "fp32" else 1.0)
+    share = plan.micro_batch * plan.accumulation
+    compute = share * work / seen / rate
+    synced = 4 * ((plan.trained_parameters or 0) + 2)
+    reduce = allreduce_seconds(synced, devices)
+    speed = share * devices / (compute + reduce)
+    parts = memory(config, plan, model)
+    return Estimate(
+        product,
+        devices,
+        compute + reduce,
+        compute,
+        reduce,
+        synced if devices > 1 else 0,
+        speed,
+        plan.images / speed / 3600,
+        sum(parts.values()),
+        parts,
+    )
+
+
+def operations(config: RunConfig, plan: Plan, model: ModelConfig, pixels: tuple[int, int]) -> float:
+    """Of a training step, for one image of this height and width.
+
+    Backward passes cost a forward one: no gradient of a frozen weight is computed. Those of
+    attention compute the probabilities again and have four products for two.
+    """
+    costs = flops.model(model, pixels)
+    whole = 3.0 if config.train == "all" else 2.0
+    unet = whole * costs["unet"].layers + 3.5 * costs["unet"].attention
+    if config.gradient_checkpointing:
+        unet += costs["unet"].total
+    text = costs["text_encoder"].total
+    if config.train == "all" or config.lora.text_encoder:
+        unet += whole * text
+    elif config.cache is None or config.data.shuffle_captions:
+        unet += text
+    if config.cache is None or config.data.crop == "random":
+        unet += costs["vae"].total
+    return unet
+
+
+def allreduce_seconds(size: float, devices: int) -> float:
+    """Of `size` bytes on each device: a ring in a server, rings between servers."""
+    if devices == 1:
+        return 0.0
+    local = min(devices, DEVICES_PER_SERVER)
+    seconds = LATENCY_SECONDS + 2 * (local - 1) / local * size / SERVER_BYTES
+    servers = math.ceil(devices / DEVICES_PER_SERVER)
+    if servers > 1:
+        # Each device of a server takes its eighth of the vector around the servers.
+        part = 2 * (servers - 1) / servers * size / local / NETWORK_BYTES
+        seconds += LATENCY_SECONDS * math.log2(servers) / 3 + part
+    return seconds
+
+
+def memory(config: RunConfig, plan: Plan, model: ModelConfig) -> dict[str, float]:
+    """Bytes on a device, by what they are for."""
+    size = 4 if plan.precision == "fp32" else 2
+    in_step = _count(unet_shapes(model.unet))
+    if config.train == "all" or config.lora.text_encoder or config.cache is None:
+        in_step += _count(text_encoder_shapes(model.text_encoder))
+    width, height, _ = max(plan.shapes, key=lambda shape: shape[0] * shape[1])
+    factor = model.vae.factor
+    kept = sum(
+        _kept(level, config.gradient_checkpointing)
+        for level in flops.unet_levels(model.unet, height // factor, width // factor)
+    )
+    largest = max(
+        level.heads * level.positions**2
+        for level in flops.unet_levels(model.unet, height // factor, width // factor)
+    )
+    batch = plan.micro_batch
+    # float32: weights, gradient, what is all-reduced, two moments, their average.
+    trained = 6 * 4 * (plan.trained_parameters or 0)
+    return {
+        "weights": float(size * in_step),
+        "trained": float(trained),
+        "activations": float(size * batch * kept),
+        "attention": float(3 * size * batch * largest),
+        "other": OTHER_BYTES,
+    }
+
+
+def _kept(level: Level, checkpointing: bool) -> float:
+    """Numbers that a block keeps for its backward pass, for one image.
+
+    A frozen layer needs none of its input. Normalisations, activations, the gate, attention and
+    the adapters do: the widths of all these in multiples of the channels.
+    """
+    if checkpointing:
+        return float(level.channels_in * level.positions)
+    if level.kind == "resnet":
+        return 2.0 * (level.channels_in + level.channels) * level.positions
+    return (1 + 3 + 2 + 4 + 2 + 8 + 4) * float(level.channels * level.positions)
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def text(found: list[Estimate]) -> str:
+    """A table, and what it is worth."""
+    if not found:
+        return "estimate\n  not known: the images are not at hand"
+    rows = [("", "step", "images/s", "training", "memory a device", "all-reduce a step")]
+    for one in found:
+        room = "" if one.fits else f", of {MEMORY[one.product] / 1e9:.0f} GB: too much"
+        rows.append(
+            (
+                f"{one.devices} × {one.product}",
+                f"{1000 * one.step_seconds:.0f} ms",
+                f"{one.images_per_second:.3g}",
+                human_time(3600 * one.hours),
+                f"{one.memory_bytes / 1e9:.1f} GB{room}",
+                f"{one.allreduce_bytes / 1e6:.3g} MB, {1000 * one.allreduce_seconds:.1f} ms",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return "\n".join(
+        [
+            "estimate, from operations and figures published for another program: no NPU was there "
+            "to measure on, and a small network takes longer",
+            *lines,
+        ]
+    )
+
+
+def as_json(found: list[Estimate]) -> list[dict[str, Any]]:
+    """The same as plain values."""
+    return [{**asdict(one), "fits": one.fits} for one in found]

@@ -1,0 +1,97 @@
+"""The estimate for Ascend: against published figures that it was not made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from diffusion import flops
+from diffusion.config import load_model_config
+from launcher import estimate
+from launcher.cli import main
+from launcher.estimate import Estimate
+from launcher.job import Job, prepare
+from launcher.request import Request
+
+
+@pytest.fixture
+def job(config: Path) -> Job:
+    return prepare(Request(config, device_target="CPU"), datetime(2025, 1, 2))
+
+
+def of(job: Job, devices: int = 8, product: str = "A2", **changes: Any) -> Estimate:
+    """SD 1.5 at 512 × 512 in half precision, four images on each device."""
+    plan = {
+        "model": "sd15",
+        "precision": "fp16",
+        "shapes": ((512, 512, 200),),
+        "trained_parameters": 797_184,
+        "micro_batch": 4,
+        "accumulation": 1,
+        "images": 32_000,
+    }
+    made = dataclasses.replace(job.plan, **{**plan, **changes})
+    return estimate.estimate(job.config, made, product, devices)
+
+
+def test_operations_of_stable_diffusion() -> None:
+    """A forward pass of SD 1.5 at 512 × 512 is known as 0.8 TFLOP."""
+    found = flops.model(load_model_config("sd15"), (512, 512))
+    assert found["unet"].total == pytest.approx(0.80e12, rel=0.01)
+    assert found["vae"].total == pytest.approx(1.12e12, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("product", "published"), [("A2", 16.53), ("910A", 9.01)], ids=["910B", "910A"]
+)
+def test_another_model_comes_out_as_published(job: Job, product: str, published: float) -> None:
+    """SD 2.0, whose figure the rate was not taken from; published with VAE and text encoder in each
+    step, hence less than ours."""
+    found = of(job, 1, product, model="sd20")
+    assert published < found.images_per_second < 2 * published
+
+
+def test_one_device_is_at_21_images_a_second(job: Job) -> None:
+    assert of(job, 1).images_per_second == pytest.approx(21.4, rel=0.02)
+
+
+def test_eight_devices_lose_what_the_published_ones_lose(job: Job) -> None:
+    """MindONE's eight 910B are at 98.2 % of eight times one."""
+    one, eight = of(job, 1), of(job, 8)
+    assert one.allreduce_bytes == 0
+    assert eight.allreduce_bytes == 4 * (797_184 + 2)
+    assert eight.images_per_second / one.images_per_second / 8 == pytest.approx(0.98, abs=0.02)
+
+
+def test_more_is_more(job: Job) -> None:
+    base = of(job)
+    assert of(job, 16).allreduce_seconds > base.allreduce_seconds
+    assert of(job, precision="fp32").compute_seconds > base.compute_seconds
+    assert of(job, shapes=((768, 768, 200),)).memory_bytes > base.memory_bytes
+    assert of(job, micro_batch=8).memory_bytes > base.memory_bytes
+    assert of(job, micro_batch=256).fits is False
+    assert of(job, product="910A").hours > base.hours
+
+
+def test_without_images_there_is_no_estimate(job: Job) -> None:
+    plan = dataclasses.replace(job.plan, shapes=())
+    assert estimate.estimates(job.config, plan) == []
+    assert "not known" in estimate.text([])
+
+
+def test_as_a_command(config: Path) -> None:
+    run = CliRunner()
+    words = ["--device-target", "CPU", "--dry-run", "--estimate", str(config)]
+    found = run.invoke(main, words)
+    assert found.exit_code == 0, found.stderr
+    assert "no NPU was there" in found.stdout
+    values = json.loads(run.invoke(main, ["--json", *words]).stdout)["estimate"]
+    assert [one["product"] for one in values] == ["910A", "A2"]
+    without = run.invoke(main, ["--estimate", str(config)])
+    assert (without.exit_code, "needs --dry-run" in without.stderr) == (2, True)
