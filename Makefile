@@ -51,7 +51,7 @@ demo: $(INSTALLED)
 	echo "Trained and drawn in $$(($$(date +%s) - start)) s: see $(SHEET)"
 
 test: lint
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadgroup
 
 test-slow: $(INSTALLED)
 	@$(BIN)/pytest -m "slow and not parity" --timeout 3600 --ignore tests/full_size

@@ -53,6 +53,10 @@ while done < int(wanted):
 """
 
 
+_SPARED = 2
+"""So few that are left are not killed: they would not get as far as to push once."""
+
+
 class Pushers:
     """Processes that push; one that was killed is followed by another that does the rest."""
 
@@ -76,7 +80,7 @@ class Pushers:
             if kill_every:
                 with self._lock:
                     alive = [p for p in self._running if p is not None and p.poll() is None]
-                if alive:
+                if len(alive) > _SPARED:
                     chosen.choice(alive).kill()
                     self.killed += 1
 

@@ -397,7 +397,9 @@ class Registry:
                             f"{destination} exists and is not that of {manifest.reference}; "
                             "pull into another folder, or with --overwrite to replace it"
                         )
-                whole = written_beside(destination, partial(copy, entry, source))
+                # What is in the cache can be copied again.
+                synced = not self.store.verified
+                whole = written_beside(destination, partial(copy, entry, source), synced=synced)
                 ready.append((all_.enter_context(whole), destination))
             for temporary, destination in ready:
                 os.replace(temporary, destination)

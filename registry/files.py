@@ -17,12 +17,16 @@ _CHUNK = 1 << 20
 
 @contextmanager
 def written_beside(
-    path: Path, write: Callable[[BinaryIO], object], mode: int = 0o666
+    path: Path,
+    write: Callable[[BinaryIO], object],
+    mode: int = 0o666,
+    synced: bool = True,
 ) -> Iterator[Path]:
-    """Yield a complete, synced temporary file in the folder of ``path``, made if need be.
+    """Yield a complete temporary file in the folder of ``path``, made if need be.
 
     The block gives the file its name by ``os.link`` or ``os.replace``; whatever happens, the
-    temporary name is gone afterwards. ``mode`` is subject to the umask.
+    temporary name is gone afterwards. ``mode`` is subject to the umask. Unless it is ``synced``,
+    it may be lost with the power, like any copy.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
@@ -31,9 +35,11 @@ def written_beside(
         with open(descriptor, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(descriptor)
+            if synced:
+                os.fsync(descriptor)
         yield temporary
-        _sync_folder(path.parent)
+        if synced:
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -16,8 +16,10 @@ from diffusion.layers import (
     GroupNorm,
     LayerNorm,
     ScaledDotProduct,
+    _BatchedLayerNorm,
     _FusedGroupNorm,
     _GroupNorm,
+    _LayerNorm,
 )
 from diffusion.lora import adapters, inject, lora_parameters
 from diffusion.randomness import generator
@@ -314,6 +316,18 @@ def test_group_norm_is_on_cpu_what_it_is_elsewhere(shape: tuple[int, ...]) -> No
     arrays = [draw.normal(5, 3, shape), draw.normal(1, 1, shape[1]), draw.normal(0, 1, shape[1])]
     given = [Tensor(array, ms.float32) for array in (*arrays, draw.normal(0, 1, shape))]
     both = [_Normalized(kind(4, 1e-5))(*given) for kind in (_GroupNorm, _FusedGroupNorm)]
-    for one, other in zip(*both, strict=True):
-        largest = np.abs(one.asnumpy()).max()
-        np.testing.assert_allclose(other.asnumpy(), one.asnumpy(), rtol=0, atol=1e-5 * largest)
+    assert_same(*both)
+
+
+@pytest.mark.parametrize("shape", [(2, 77, 64), (3, 130, 321)])
+def test_layer_norm_is_on_cpu_what_it_is_elsewhere(shape: tuple[int, ...]) -> None:
+    draw = np.random.default_rng(0)
+    arrays = [draw.normal(5, 3, shape), draw.normal(1, 1, shape[2]), draw.normal(0, 1, shape[2])]
+    given = [Tensor(array, ms.float32) for array in (*arrays, draw.normal(0, 1, shape))]
+    assert_same(*(_Normalized(kind(1e-5))(*given) for kind in (_LayerNorm, _BatchedLayerNorm)))
+
+
+def assert_same(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+    for expected, found in zip(one, other, strict=True):
+        largest = np.abs(expected.asnumpy()).max()
+        np.testing.assert_allclose(found.asnumpy(), expected.asnumpy(), rtol=0, atol=1e-5 * largest)
