@@ -11,7 +11,7 @@ SHEET := demo/contact-sheet.png
 DRAWN := penguin hamster birthday-cake bus taco violin crying-face nerd-face
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-s3 full-size parity lint format lock clean
+.PHONY: help demo test test-slow test-s3 full-size parity bench lint format lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-s3    the registry on your own S3 server: ENDPOINT=https://... BUCKET=..."
 	@echo "make full-size  SD 1.5 and 2.1 at full size, random weights (20 GB memory, 20 GB disk)"
 	@echo "make parity     compare with PyTorch, diffusers and PEFT (Python 3.11 or 3.12)"
+	@echo "make bench      the short benchmarks, beside PyTorch, diffusers and PEFT: half an hour"
 	@echo "make lint       ruff and mypy;  make format  put the code in shape"
 	@echo "make lock       pin the dependencies of pyproject.toml anew (needs uv)"
 	@echo "make clean      remove $(VENV), caches and $(SHEET); runs/ and build/ stay"
@@ -58,6 +59,9 @@ test-slow: $(INSTALLED)
 
 full-size: $(INSTALLED)
 	@$(BIN)/pytest -m slow -s tests/full_size
+
+bench: $(PARITY)
+	@$(BIN)/python -m bench
 
 parity: $(PARITY)
 	@$(BIN)/pytest -m parity --timeout 3600

@@ -1,6 +1,6 @@
 """How long it takes until all ranks have met: lora-launch beside bare msrun, in one run.
 
-`python bench/startup.py` prints a table. Both start the same worker on 2 and on 8 CPU processes, in
+`python -m bench.startup` prints a table. Both start the same worker on 2 and on 8 CPU processes, in
 turns; the clock stops when every rank has taken part in five all-reduces.
 """
 
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import signal
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
-from failures import LONGEST, Event, Started, wait
+from bench import turns
+from bench.failures import LONGEST, Event, Started, wait
 
 
 def seconds(bare: bool, workers: int, folder: Path) -> float:
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    print("| workers | bare msrun | lora-launch | ratio |\n|---|---|---|---|")
+    figures = []
     with tempfile.TemporaryDirectory() as name:
         for workers in (2, 8):
             found: dict[bool, list[float]] = {True: [], False: []}
@@ -42,8 +42,10 @@ def main() -> None:
                 for bare in found:
                     folder = Path(name) / f"{workers}-{number}-{bare}"
                     found[bare].append(seconds(bare, workers, folder))
-            msrun, ours = (statistics.median(found[bare]) for bare in (True, False))
-            print(f"| {workers} | {msrun:.1f} s | {ours:.1f} s | {ours / msrun:.2f} |", flush=True)
+            name = f"until {workers} workers have met"
+            figures.append(turns.figure(name, found[False], found[True], "s", "bare msrun"))
+    turns.show(figures)
+    turns.keep(figures)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+"""The gradients of a LoRA over MindSpore's all-reduce: one flat vector, each tensor for itself, and
+the bare all-reduce of as many bytes.
+
+    python -m bench.sync [--workers 2] [--ranks 4 16]
+
+The tensors are those of a LoRA on the attention of SD 1.5. Flat is what the trainer does: to join
+them, to reduce, to divide; all in one graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import turns
+
+ROUNDS = 15
+
+
+def shapes(rank: int) -> list[tuple[int, int]]:
+    """(out, in) of every matrix of the LoRA."""
+    from diffusion.config import load_model_config
+    from weights.lora import target_modules
+    from weights.structure import unet_shapes
+
+    found = unet_shapes(load_model_config("sd15").unet)
+    pairs = []
+    for module in target_modules(found, "attention"):
+        out, into = found[f"{module}.weight"][:2]
+        pairs += [(rank, into), (out, rank)]
+    return pairs
+
+
+def worker(rank: int) -> None:
+    """One of msrun's processes; the first prints medians of seconds."""
+    import mindspore as ms
+    import numpy as np
+    from mindspore import Tensor, nn, ops
+    from mindspore.communication import get_group_size, get_rank, init
+
+    from trainer.optimizer import flatten
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("CPU")
+    init()
+    world = get_group_size()
+
+    class Bare(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reduce = ops.AllReduce()
+
+        def construct(self, vector: Tensor) -> Tensor:
+            return self.reduce(vector)
+
+    class Flat(Bare):
+        def construct(self, *tensors: Tensor) -> Tensor:
+            return self.reduce(flatten(tensors)) / world
+
+    class Each(Bare):
+        def construct(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple([self.reduce(tensor) / world for tensor in tensors])
+
+    tensors = [Tensor(np.ones(shape, np.float32)) for shape in shapes(rank)]
+    vector = Tensor(np.ones(sum(t.size for t in tensors), np.float32))
+    ways: dict[str, tuple[nn.Cell, list[Any]]] = {
+        "bare": (Bare(), [vector]),
+        "flat": (Flat(), tensors),
+        "each": (Each(), tensors),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(ROUNDS + 2):
+        for name, (cell, given) in ways.items():
+            Bare()(Tensor(np.ones(1, np.float32))).asnumpy()  # all begin together
+            begun = time.monotonic()
+            found = cell(*given)
+            (found[-1] if isinstance(found, tuple) else found).asnumpy()
+            if number >= 2:
+                times[name].append(time.monotonic() - begun)
+    if get_rank() == 0:
+        medians = {name: statistics.median(found) for name, found in times.items()}
+        print(json.dumps({**medians, "bytes": 4 * vector.size}), flush=True)
+
+
+def measured(workers: int, rank: int, folder: Path) -> dict[str, float]:
+    """What rank 0 says."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    logs = folder / f"logs-{workers}-{rank}"
+    subprocess.run(
+        [
+            *("msrun", f"--worker_num={workers}", f"--local_worker_num={workers}", "--join=True"),
+            *(f"--master_port={port}", f"--log_dir={logs}", "--cluster_time_out=300"),
+            *("-m", "bench.sync", "--worker", str(rank)),
+        ],
+        check=True,
+        cwd=turns.ROOT,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(turns.ROOT),
+            "GLOG_v": "3",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        timeout=600,
+    )
+    lines = [
+        line
+        for log in logs.glob("worker_*.log")
+        for line in log.read_text().splitlines()
+        if line.startswith('{"bare"')
+    ]
+    return dict(json.loads(lines[0]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worker", type=int, metavar="RANK", help="Be one of msrun's processes.")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4])
+    given = parser.parse_args()
+    if given.worker:
+        worker(given.worker)
+        return
+    figures = []
+    with tempfile.TemporaryDirectory() as name:
+        for workers in given.workers:
+            for rank in given.ranks:
+                found = measured(workers, rank, Path(name))
+                size = f"rank {rank}, {found['bytes'] / 1e6:.1f} MB, {workers} workers"
+                figures += [
+                    turns.Figure(
+                        f"sync, {size}", found["flat"], found["bare"], "s", "bare all-reduce", 1.1
+                    ),
+                    turns.Figure(
+                        f"sync, {size}, flat", found["flat"], found["each"], "s", "per tensor"
+                    ),
+                ]
+    turns.show(figures)
+    turns.keep(figures)
+
+
+if __name__ == "__main__":
+    main()
