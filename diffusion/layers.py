@@ -27,29 +27,37 @@ def shared(kind: type[nn.Cell], *arguments: object) -> nn.Cell:
     return kind(*arguments)
 
 
-# Primitives and functions: methods of tensors, and cells, are read anew each time when compiling.
+# Primitives, because methods of tensors take longer to compile. Functions of this module have no
+# branches: of those, MindSpore loses parts when a second gradient is compiled in one process.
 RESHAPE, CAST, TRANSPOSE = ops.Reshape(), ops.Cast(), ops.Transpose()
-_MATMUL, _BIAS_ADD, _SUM = ops.MatMul(transpose_b=True), ops.BiasAdd(), ops.ReduceSum()
+_MATMUL, _BIAS_ADD = ops.MatMul(transpose_b=True), ops.BiasAdd()
+_SUM, _MEAN = ops.ReduceSum(), ops.ReduceMean()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b over the last axis of (rows, in) or (batch, rows, in), in the dtype of x."""
-    out_features, in_features = weight.shape
-    y = _MATMUL(RESHAPE(x, (-1, in_features)), CAST(weight, x.dtype))
-    if bias is not None:
-        y = _BIAS_ADD(y, CAST(bias, x.dtype))
-    if x.ndim == 3:
-        y = RESHAPE(y, (x.shape[0], -1, out_features))
-    return y
+class Affine(nn.Cell):
+    """What a linear layer and one with an adapter have in common."""
+
+    def affine(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b over the last axis of (rows, in) or (batch, rows, in), in the dtype of x."""
+        y = _MATMUL(RESHAPE(x, (-1, self.in_features)), CAST(self.weight, x.dtype))
+        if self.bias is not None:
+            y = _BIAS_ADD(y, CAST(self.bias, x.dtype))
+        if self.batched:
+            y = RESHAPE(y, (x.shape[0], -1, self.out_features))
+        return y
 
 
-class Linear(nn.Cell):
-    """y = x Wᵀ + b over the last axis; weight (out, in), bias (out,)."""
+class Linear(Affine):
+    """y = x Wᵀ + b over the last axis of (batch, rows, in), or of (rows, in) if not `batched`;
+    weight (out, in), bias (out,)."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, batched: bool = True
+    ):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.batched = batched
         self.weight = Parameter(initializer(HeUniform(math.sqrt(5)), (out_features, in_features)))
         self.bias = None
         if bias:
@@ -57,7 +65,7 @@ class Linear(nn.Cell):
             self.bias = Parameter(initializer(Uniform(bound), (out_features,)))
 
     def construct(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.affine(x)
 
 
 class Conv2d(nn.Cell):
@@ -161,30 +169,6 @@ def normalised_rows(norm: ops.BatchNorm, rows: Tensor) -> Tensor:
     return norm(rows, ones, zeros, zeros, ones)[0]
 
 
-_LONG = 4096
-
-
-def row_means(x: Tensor, height: int, width: int) -> Tensor:
-    """(rows, a multiple of height · width) → (rows,).
-
-    As products with constant vectors: a reduction over the last axis costs several times as much
-    on CPU. Long rows in two stages, because a matrix product packs its second factor.
-    """
-    rows, n = x.shape
-    part = height * width
-    if part > _LONG:
-        part = width
-    if n <= _LONG:
-        part = n
-    means = ops.matmul(RESHAPE(x, (-1, part)), ops.fill(x.dtype, (part, 1), 1.0 / part))
-    if part < n:
-        parts = n // part
-        means = ops.matmul(
-            RESHAPE(means, (rows, parts)), ops.fill(x.dtype, (parts, 1), 1.0 / parts)
-        )
-    return RESHAPE(means, (-1,))
-
-
 _EPS = 1e-5
 _ONES, _ZEROS = ops.OnesLike(), ops.ZerosLike()
 _BATCH_NORM = ops.BatchNorm(is_training=False, epsilon=_EPS)
@@ -235,9 +219,9 @@ class _GroupNorm(nn.Cell):
         """
         x = CAST(x, ms.float32)
         rows = RESHAPE(x, (x.shape[0] * self.groups, -1))
-        mean = row_means(rows, x.shape[2], x.shape[3])
+        mean = _MEAN(rows, 1)
         centred = row_affine(rows, _ONES(mean), -mean)
-        variance = row_means(centred * centred, x.shape[2], x.shape[3])
+        variance = _MEAN(centred * centred, 1)
         return centred, ops.rsqrt(variance + self.eps)
 
     def of_channels(self, per_group: Tensor, weight: Tensor) -> Tensor:
@@ -265,8 +249,8 @@ class _GroupNorm(nn.Cell):
         ones = _ONES(weight)
         of_rows = self.of_channels(inverse, ones)
         # Means over the pixels of a channel: of dout, and of dout times the normalised x.
-        plain = row_means(dout, height, width)
-        along = row_means(dout * centred, height, width) * of_rows
+        plain = _MEAN(dout, 1)
+        along = _MEAN(dout * centred, 1) * of_rows
         scaled = self.of_channels(_ONES(inverse), weight)
         size = channels // self.groups
         mean_plain = _SUM(RESHAPE(plain * scaled, grouped), 1) / size
@@ -311,8 +295,8 @@ class AddToChannels(nn.Cell):
 
     def bprop(self, x: Tensor, addend: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
         rows = CAST(RESHAPE(dout, (x.shape[0] * x.shape[1], -1)), ms.float32)
-        means = row_means(rows, x.shape[2], x.shape[3])
-        return dout, CAST(RESHAPE(means * rows.shape[1], addend.shape), addend.dtype)
+        sums = _SUM(rows, 1)
+        return dout, CAST(RESHAPE(sums, addend.shape), addend.dtype)
 
 
 def silu(x: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from diffusion.layers import Conv2d, Linear, linear, name_parameters
+from diffusion.layers import Affine, Conv2d, Linear, name_parameters
 from diffusion.randomness import generator
 from weights.lora import Adapter, target_modules
 
 
-class LoRALinear(nn.Cell):
+class LoRALinear(Affine):
     """A frozen linear layer with an adapter.
 
     `mask` (batch, rank) leaves out components of the rank during training, one draw a sample
@@ -30,13 +30,14 @@ class LoRALinear(nn.Cell):
         super().__init__()
         self.in_features = layer.in_features
         self.out_features = layer.out_features
+        self.batched = layer.batched
         self.scale = scale
         self.rank = rank
         self.mask = mask
         self.weight = layer.weight
         self.bias = layer.bias
-        self.lora_down = Linear(layer.in_features, rank, bias=False)
-        self.lora_up = Linear(rank, layer.out_features, bias=False)
+        self.lora_down = Linear(layer.in_features, rank, False, layer.batched)
+        self.lora_up = Linear(rank, layer.out_features, False, layer.batched)
 
     def construct(self, x: Tensor) -> Tensor:
         low = self.lora_down(x)
@@ -46,7 +47,7 @@ class LoRALinear(nn.Cell):
         adapted = self.lora_up(low)
         if self.scale != 1:
             adapted = self.scale * adapted
-        return linear(x, self.weight, self.bias) + adapted
+        return self.affine(x) + adapted
 
 
 class LoRAConv2d(nn.Cell):

@@ -34,7 +34,7 @@ class ResnetBlock(nn.Cell):
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = None
         if time_channels is not None:
-            self.time_emb_proj = Linear(time_channels, out_channels)
+            self.time_emb_proj = Linear(time_channels, out_channels, batched=False)
             self.add_time = shared(AddToChannels)
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)

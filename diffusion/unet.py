@@ -36,8 +36,8 @@ class TimestepEmbedding(nn.Cell):
         half = channels // 2
         frequencies = np.exp(-math.log(10000) * np.arange(half, dtype=np.float64) / half)
         self.frequencies = Tensor(frequencies[None].astype(np.float32))
-        self.linear_1 = Linear(channels, time_channels)
-        self.linear_2 = Linear(time_channels, time_channels)
+        self.linear_1 = Linear(channels, time_channels, batched=False)
+        self.linear_2 = Linear(time_channels, time_channels, batched=False)
 
     def construct(self, timesteps: Tensor) -> Tensor:
         angles = timesteps.astype(self.frequencies.dtype).expand_dims(-1) * self.frequencies
