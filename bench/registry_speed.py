@@ -14,7 +14,6 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from bench import turns
 from registry import documents
 from registry.api import manifest_key, open_registry
 from registry.models import models
@@ -133,8 +133,7 @@ def one_transfer(client: str, direction: str, folder: Path) -> None:
         cpu, begun = time.process_time(), time.monotonic()
         transfer(client, direction, files, Path(name))
         seconds = time.monotonic() - begun
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps([seconds, time.process_time() - cpu, usage.ru_maxrss / 1024]))
+    print(json.dumps([seconds, time.process_time() - cpu, turns.peak_memory() / 2**20]))
 
 
 @contextmanager

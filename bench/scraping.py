@@ -27,7 +27,7 @@ def begin(folder: Path, log: Path) -> subprocess.Popen[bytes]:
     """A run that goes on until it is told to end."""
     settings = (
         *(f"output={folder}", "registry=null", "epochs=null", "images=1600000"),
-        *("validate_every=null", "samples=null", "evaluation=null", "save_every=null"),
+        *("validate_every=null", "samples=null", "evaluation=null", "save_every=100000"),
     )
     words = [part for setting in settings for part in ("--set", setting)]
     return subprocess.Popen(
