@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import struct
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -256,12 +257,13 @@ class RunCollector(Collector):
             yield skew
 
     def _of_files(self) -> Iterator[Metric]:
-        folder = self.course.attempt / METRICS_FOLDER
-        if not folder.is_dir():
-            return
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
-        yield from registry.collect()
+        whole = []
+        for path in sorted((self.course.attempt / METRICS_FOLDER).glob("*.db")):
+            # A rank that was killed as it made its file has left one that cannot be read.
+            with contextlib.suppress(RuntimeError, ValueError, KeyError, struct.error, OSError):
+                MultiProcessCollector.merge([str(path)])  # type: ignore[no-untyped-call]
+                whole.append(str(path))
+        yield from MultiProcessCollector.merge(whole)  # type: ignore[no-untyped-call]
 
     def _of_node(self) -> Iterator[Metric]:
         c = self.course

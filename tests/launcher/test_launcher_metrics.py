@@ -277,3 +277,14 @@ def test_a_gateway_that_is_not_there_is_a_warning_without_secrets(course: Course
     assert len(said) == 1
     assert f"the Pushgateway at 127.0.0.1:{port} does not take metrics" in said[0]
     assert "s3cret" not in said[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10", b"\xff" * 64, b"\x40\x00\x00\x00" + b"x" * 60])
+def test_a_file_that_a_killed_rank_has_left_is_in_nobodys_way(
+    course: Course, job: Job, spawn_rank: Callable[..., Any], content: bytes
+) -> None:
+    folder = Path(job.start.environment["PROMETHEUS_MULTIPROC_DIR"])
+    spawn_rank(str(folder), 1)
+    (folder / "histogram_1.db").write_bytes(content)
+    found = series(text_of(course))
+    assert found["lora_steps_total"] == 3
