@@ -71,7 +71,7 @@ test-s3: $(INSTALLED)
 	@$(BIN)/lora-registry doctor --registry s3://$(BUCKET)/lora-registry-test \
 	    --endpoint-url $(ENDPOINT)
 	@LORA_TEST_S3_ENDPOINT=$(ENDPOINT) LORA_TEST_S3_BUCKET=$(BUCKET) \
-	    $(BIN)/pytest -m "" -v -k own tests/registry/test_registry_s3.py
+	    $(BIN)/pytest -m "" -q -k "own and not condition" tests/registry/test_registry_s3.py
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet .

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,7 +109,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for outcome, word in words.items():
         for report in terminalreporter.stats.get(outcome, ()):
             test = report.nodeid.rpartition("::")[2].removeprefix("test_")
-            rows.append((test.replace("_", " ").replace("[own]", ""), word))
+            test = re.sub(r"\[own-?(.*)\]", lambda case: case[1] and f", {case[1]}", test)
+            rows.append((test.replace("_", " "), word))
     width = max((len(test) for test, _ in rows), default=0)
     terminalreporter.section(f"what holds at {os.environ['LORA_TEST_S3_ENDPOINT']}")
     for test, word in sorted(rows):
