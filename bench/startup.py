@@ -42,8 +42,8 @@ def main() -> None:
                 for bare in found:
                     folder = Path(name) / f"{workers}-{number}-{bare}"
                     found[bare].append(seconds(bare, workers, folder))
-            name = f"until {workers} workers have met"
-            figures.append(turns.figure(name, found[False], found[True], "s", "bare msrun"))
+            what = f"until {workers} workers have met"
+            figures.append(turns.figure(what, found[False], found[True], "s", "bare msrun"))
     turns.show(figures)
     turns.keep(figures)
 

@@ -114,7 +114,9 @@ class VisionTower(nn.Cell):
     def __init__(self, structure: Structure):
         super().__init__()
         self.vision_model = VisionModel(structure)
-        self.visual_projection = Linear(structure.width, structure.dimensions, bias=False)
+        self.visual_projection = Linear(
+            structure.width, structure.dimensions, bias=False, batched=False
+        )
 
     def construct(self, pixels: Tensor) -> Tensor:
         return self.visual_projection(self.vision_model(pixels))

@@ -81,7 +81,7 @@ class EfficientNetLite0(nn.Cell):
                 inputs = outputs
         self.blocks = nn.CellList(blocks)
         self.head = Convolution(inputs, FEATURES, 1)
-        self.fc = Linear(FEATURES, CLASSES)
+        self.fc = Linear(FEATURES, CLASSES, batched=False)
         self.relu6 = ops.ReLU6()
         self.mean = ops.ReduceMean()
 
