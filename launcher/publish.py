@@ -150,14 +150,13 @@ def _report(folder: Path, attempt: Path) -> str | None:
     from launcher.report import report_html
     from launcher.report_command import read_facts
 
-    facts = read_facts(folder, time.time())
-    facts = replace(facts, state=State("finished", "trained, and published with this page", False))
-    path = attempt / "report.html"
+    state, path = State("finished", "trained, and published with this page", False), "report.html"
     try:
-        path.write_text(report_html(facts), encoding="utf-8")
-    except OSError:
+        facts = replace(read_facts(folder, time.time()), state=state)
+        (attempt / path).write_text(report_html(facts), encoding="utf-8")
+    except (LaunchError, OSError):
         return None
-    return path.name
+    return path
 
 
 def _send(folder: Path, attempt: Path) -> str:

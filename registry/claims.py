@@ -2,20 +2,23 @@
 
 Who wants to create a key lists its claims, adds one of its own, and writes when its own stands
 alone. A claim is of no account any more if its holder is known to be gone: a claim whose holder
-shares this cache is looked up there, any other has to grow old.
+shares this machine and cache is looked up there, any other has to grow old.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import random
+import socket
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.cache import Cache
@@ -57,8 +60,12 @@ class Sign:
 
 
 class Signs:
-    """What the processes that share a cache say of their claims: a file for each claim, locked
-    while its holder lives, that tells whether a write under it may be on its way."""
+    """What the processes of a machine that share a cache say of their claims: a file for each
+    claim, locked while its holder lives, that tells whether a write under it may be on its way.
+
+    The files of another machine tell nothing, for a network's file system may keep locks to each
+    machine, and who is locked out here would seem to be dead there.
+    """
 
     def __init__(self, cache: Cache):
         self._folder = cache.folder / "claims"
@@ -72,7 +79,7 @@ class Signs:
                 with contextlib.suppress(FileExistsError):
                     os.link(new, mine)
                 new.unlink()
-            self.cache_id = mine.read_text(encoding="ascii")
+            self.cache_id = _of_this_machine(mine.read_text(encoding="ascii"))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Sign]:
@@ -112,6 +119,15 @@ class Signs:
             return False
         finally:
             os.close(file)
+
+
+def _of_this_machine(cache_id: str) -> str:
+    """The id of a cache as this machine, since it was switched on, has it."""
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        machine = socket.gethostname()
+    return hashlib.sha256(f"{cache_id}{machine}".encode()).hexdigest()[:16]
 
 
 def claimed(store: S3Store, key: str, data: bytes, refused: bool) -> bool:

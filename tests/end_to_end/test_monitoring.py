@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -115,7 +116,7 @@ def expressions() -> list[str]:
 
 
 def conditions() -> list[str]:
-    """Of the alerts, what is compared: the series must be there although nothing is wrong."""
+    """Of the alerts, which are silent as long as nothing is wrong."""
     groups = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
     return [rule["expr"] for group in groups for rule in group["rules"]]
 
@@ -169,6 +170,8 @@ def test_prometheus_scrapes_a_run(
         assert found or NOT_ON_CPU in expression, expression
     for expression in conditions():
         prometheus.query(expression)  # an error would be raised
+        for name in re.findall(r"\blora_\w+", expression):
+            assert prometheus.query(name), name
     ranks = prometheus.query("lora_rank_own_seconds{job='lora'}")
     assert {one["metric"]["rank_id"] for one in ranks} == {"0", "1"}
     until(lambda: "LoraNoProgress" in prometheus.firing(), run, "the alert")

@@ -66,5 +66,16 @@ def test_a_claim_of_another_cache_has_to_grow_old(cache: Cache, tmp_path: Path) 
     assert not Signs(cache).over(sign.name)
 
 
+def test_a_claim_of_another_machine_has_to_grow_old(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the cache is the same: whether its holder lives, the lock does not tell there."""
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("registry.claims._of_this_machine", lambda cache_id: "0123456789abcdef")
+        with Signs(cache).held() as sign:
+            pass
+    assert not Signs(cache).over(sign.name)
+
+
 def test_processes_that_begin_at_once_share_one_id(cache: Cache) -> None:
     assert Signs(cache).cache_id == Signs(Cache(cache.folder, 0)).cache_id
