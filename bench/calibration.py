@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 
 from diffusion.config import recognise
 from diffusion.images import read_image, read_whole
-from diffusion.models import evaluating
+from diffusion.models import compile_graphs, evaluating
 from diffusion.pipeline import Pipeline
 from diffusion.schedule import add_noise, velocity
 from sampler import features, metrics
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--lora", type=Path)
     parser.add_argument("--times", action="store_true")
     given = parser.parse_args()
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
     ms.set_device("CPU")
     if given.times:
         of_time()

@@ -17,6 +17,7 @@ import mindspore as ms
 import numpy as np
 
 from diffusion.config import recognise
+from diffusion.models import compile_graphs
 from diffusion.pipeline import Pipeline, Settings
 from weights import lora_files
 from weights.base import open_base
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batches", default="1,4,16")
     given = parser.parse_args()
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
     ms.set_device("CPU")
     base = open_base(given.base)
     _, config = recognise(base)

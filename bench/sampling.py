@@ -29,10 +29,11 @@ def ours() -> tuple[Any, Callable[[str], Any]]:
     import mindspore as ms
 
     from diffusion.config import recognise
+    from diffusion.models import compile_graphs
     from diffusion.pipeline import Pipeline, Settings
     from weights.base import open_base
 
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
     ms.set_device("CPU")
     base = open_base(BASE)
     _, config = recognise(base)

@@ -4,8 +4,8 @@ the bare all-reduce of as many bytes.
     python -m bench.sync [--workers 2] [--ranks 4 16]
 
 The tensors are those of a LoRA on the attention of SD 1.5. Flat is what the trainer's second graph
-does: the vector with one number more, reduced and divided; the first graph has joined it, whose
-time is in the second line.
+does: the vector with loss and wish to stop, reduced, cut and divided; the first graph has joined it,
+whose time is in the second line.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def worker(rank: int) -> None:
     from mindspore import Tensor, nn, ops
     from mindspore.communication import get_group_size, get_rank, init
 
+    from diffusion.models import compile_graphs
     from trainer.optimizer import flatten
 
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
     ms.set_device("CPU")
     init()
     world = get_group_size()
@@ -63,9 +64,8 @@ def worker(rank: int) -> None:
             return self.reduce(vector)
 
     class Flat(Bare):
-        def construct(self, buffer: Tensor, stop: Tensor) -> Tensor:
-            vector = self.reduce(ops.concat((buffer, stop)))
-            return ops.Slice()(vector, (0,), (size,)) / world
+        def construct(self, buffer: Tensor) -> Tensor:
+            return ops.Slice()(self.reduce(buffer), (0,), (size,)) / world
 
     class Joined(Bare):
         def construct(self, *tensors: Tensor) -> Tensor:
@@ -77,10 +77,10 @@ def worker(rank: int) -> None:
 
     tensors = [Tensor(np.ones(shape, np.float32)) for shape in shapes(rank)]
     size = sum(tensor.size for tensor in tensors)
-    vector, stop = Tensor(np.ones(size, np.float32)), Tensor(np.zeros(1, np.float32))
+    vector = Tensor(np.ones(size + 2, np.float32))
     ways: dict[str, tuple[nn.Cell, list[Any]]] = {
         "bare": (Bare(), [vector]),
-        "flat": (Flat(), [vector, stop]),
+        "flat": (Flat(), [vector]),
         "joined": (Joined(), tensors),
         "each": (Each(), tensors),
     }

@@ -61,13 +61,13 @@ def ours(size: str) -> tuple[Any, Callable[[str], Any]]:
     import mindspore as ms
 
     from diffusion.lora import inject, lora_parameters
-    from diffusion.models import build
+    from diffusion.models import build, compile_graphs
     from trainer.batches import Batch
     from trainer.config import OptimizerConfig
     from trainer.optimizer import make_optimizer
     from trainer.step import DiffusionLoss, TrainStep, outcome
 
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
     ms.set_device("CPU")
     unet = build(model_of(size), "unet")
     inject(unet, "attention", RANK, float(RANK), 0, None)

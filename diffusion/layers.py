@@ -31,7 +31,8 @@ def shared(kind: type[nn.Cell], *arguments: object) -> nn.Cell:
 # branches: of those, MindSpore loses parts when a second gradient is compiled in one process.
 RESHAPE, CAST, TRANSPOSE = ops.Reshape(), ops.Cast(), ops.Transpose()
 _MATMUL, _BIAS_ADD = ops.MatMul(transpose_b=True), ops.BiasAdd()
-_SUM, _MEAN = ops.ReduceSum(), ops.ReduceMean()
+_PRODUCT = ops.MatMul()
+_SUM, _MEAN, _TILE = ops.ReduceSum(), ops.ReduceMean(), ops.Tile()
 
 
 class Affine(nn.Cell):
@@ -147,9 +148,11 @@ class _BatchedLayerNorm(nn.Cell):
         self.norm = batch_norm(eps)
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        rows = RESHAPE(x, (1, -1, weight.shape[0], 1))
-        normalised = RESHAPE(normalised_rows(self.norm, rows), (-1, weight.shape[0]))
-        return RESHAPE(_BIAS_ADD(normalised * weight, bias), x.shape)
+        width = weight.shape[0]
+        rows = RESHAPE(x, (1, -1, width, 1))
+        normalised = RESHAPE(normalised_rows(self.norm, rows), (-1, width))
+        scale = _TILE(RESHAPE(weight, (1, width)), (normalised.shape[0], 1))
+        return RESHAPE(_BIAS_ADD(normalised * scale, bias), x.shape)
 
 
 def on_cpu() -> bool:
@@ -174,18 +177,20 @@ _ONES, _ZEROS = ops.OnesLike(), ops.ZerosLike()
 _BATCH_NORM = ops.BatchNorm(is_training=False, epsilon=_EPS)
 
 
-def row_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """(rows, n), (rows,), (rows,), all float32 → x · scale + shift, row by row.
+def channel_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(batch, channels, height, width), (channels,), (channels,), all float32 → x · scale + shift.
 
-    As an inferring BatchNorm whose channels are the rows. On CPU a product whose factors differ in
-    shape keeps two index tables of 16 bytes for each element, for as long as the graph lives: at
-    the size of Stable Diffusion tens of gigabytes.
+    As an inferring BatchNorm. On CPU a product whose factors differ in shape keeps two index tables
+    of 16 bytes for each element, for as long as the graph lives: at the size of Stable Diffusion
+    tens of gigabytes.
     """
+    return _BATCH_NORM(x, scale, shift, _ZEROS(shift), _ONES(scale) - _EPS)[0]
+
+
+def row_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(rows, n), (rows,), (rows,), all float32 → x · scale + shift, row by row."""
     rows, n = x.shape
-    mean = _ZEROS(shift)
-    variance = _ONES(scale) - _EPS
-    y = _BATCH_NORM(RESHAPE(x, (1, rows, n, 1)), scale, shift, mean, variance)[0]
-    return RESHAPE(y, (rows, n))
+    return RESHAPE(channel_affine(RESHAPE(x, (1, rows, n, 1)), scale, shift), (rows, n))
 
 
 class GroupNorm(nn.Cell):
@@ -266,7 +271,7 @@ class _GroupNorm(nn.Cell):
 
 class _FusedGroupNorm(nn.Cell):
     """The same as two BatchNorms: one whose channels are the groups, and that finds mean and
-    variance, and one whose channels are the rows, and that scales and shifts.
+    variance, and one that scales and shifts.
 
     On CPU these are oneDNN's, forward and back, instead of a hundred small operators. BatchNorm
     wants running statistics of a parameter's kind elsewhere, so it is for CPU alone.
@@ -278,11 +283,9 @@ class _FusedGroupNorm(nn.Cell):
         self.norm = batch_norm(eps)
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        rows = RESHAPE(CAST(x, ms.float32), (1, batch * self.groups, -1, width))
-        y = RESHAPE(normalised_rows(self.norm, rows), (batch * channels, height * width))
-        y = row_affine(y, ops.tile(weight, (batch,)), ops.tile(bias, (batch,)))
-        return CAST(RESHAPE(y, x.shape), x.dtype)
+        rows = RESHAPE(CAST(x, ms.float32), (1, x.shape[0] * self.groups, -1, x.shape[3]))
+        y = RESHAPE(normalised_rows(self.norm, rows), x.shape)
+        return CAST(channel_affine(y, weight, bias), x.dtype)
 
 
 class AddToChannels(nn.Cell):
@@ -385,9 +388,9 @@ class ScaledDotProduct(nn.Cell):
             q, k = CAST(q, p.dtype), CAST(k, p.dtype)
             v, dout = CAST(v, p.dtype), CAST(dout, p.dtype)
             out = self.product(p, v)
-        with_sum = _CONCAT((dout, -_LAST_SUM(out * dout, -1)))
+        with_sum = _CONCAT((dout, -_LAST_SUM(out * dout, -1))) * self.scale
         with_one = _CONCAT((v, _ONES(v[:, :, :1])))
-        ds = p * self.scores(with_sum, with_one) * self.scale
+        ds = p * self.scores(with_sum, with_one)
         dq, dk = self.product(ds, k), self.product_transposed(ds, q)
         return CAST(dq, dtype), CAST(dk, dtype), dv
 
@@ -414,11 +417,16 @@ class MultiHead(nn.Cell):
 
 
 def upsample_nearest(x: Tensor) -> Tensor:
-    """(batch, channels, h, w) → (batch, channels, 2h, 2w) by repetition."""
+    """(batch, channels, h, w) → (batch, channels, 2h, 2w) by repetition.
+
+    Columns by a product with a matrix of ones and zeros, rows by joining: on CPU each takes a tenth
+    of what BroadcastTo does, and of the sum that is its backward pass.
+    """
     batch, channels, height, width = x.shape
-    x = RESHAPE(x, (batch, channels, height, 1, width, 1))
-    x = ops.broadcast_to(x, (batch, channels, height, 2, width, 2))
-    return RESHAPE(x, (batch, channels, 2 * height, 2 * width))
+    twice = Tensor(np.repeat(np.eye(width, dtype=np.float32), 2, 1), x.dtype)
+    rows = _PRODUCT(RESHAPE(x, (-1, width)), twice)
+    rows = RESHAPE(rows, (-1, 2 * width))
+    return RESHAPE(_CONCAT((rows, rows)), (batch, channels, 2 * height, 2 * width))
 
 
 def name_parameters(network: nn.Cell) -> nn.Cell:

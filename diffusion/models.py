@@ -21,6 +21,12 @@ from weights.base import Base
 from weights.files import WeightsError
 
 
+def compile_graphs() -> None:
+    """Let MindSpore compile networks into graphs, and give each result its place in memory when it
+    compiles, not each time a kernel starts: a tenth of a step on CPU, the default on Ascend."""
+    ms.set_context(mode=ms.GRAPH_MODE, memory_optimize_level="O1")
+
+
 def build(config: ModelConfig, network: str, dtype: Any = ms.float32) -> nn.Cell:
     """The "unet", "vae" or "text_encoder" of a model, with random weights.
 

@@ -102,7 +102,9 @@ def use_device(device_target: str) -> None:
     os.environ.setdefault("GLOG_v", "3")
     import mindspore as ms
 
-    ms.set_context(mode=ms.GRAPH_MODE)
+    from diffusion.models import compile_graphs
+
+    compile_graphs()
     try:
         ms.set_device(device_target)
     except RuntimeError:  # kernels have run in this process, which is as well on the same device

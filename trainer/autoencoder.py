@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffusion.config import load_model_config
 from diffusion.images import DataError, read_image
-from diffusion.models import in_batches
+from diffusion.models import compile_graphs, in_batches
 from diffusion.randomness import generator
 from diffusion.vae import AutoencoderKL
 from trainer.artifact import save_base
@@ -79,7 +79,7 @@ def main(
 ) -> None:
     """Train the autoencoder of MODEL on folders of images."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
     ms.set_seed(seed)
     config = load_model_config(model)
     pixels = _pixels(images, config.resolution)

@@ -12,6 +12,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.communication import get_group_size, get_rank, init
 
+from diffusion.models import compile_graphs
+
 PS_CONTEXT = "LORA_PS_CONTEXT"
 """Variable that names a JSON file with the arguments of mindspore.set_ps_context."""
 
@@ -29,7 +31,7 @@ class Group:
     """`rank_id` of `world_size` processes; a group of one needs no communication."""
 
     def __init__(self, device_target: str):
-        ms.set_context(mode=ms.GRAPH_MODE)
+        compile_graphs()
         ms.set_device(device_target)
         self.rank_id, self.world_size = 0, 1
         if "MS_ROLE" in os.environ:

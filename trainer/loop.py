@@ -130,14 +130,14 @@ def train(
                 compiled.add(shape)
                 events.emit("compiled", step=done + 1, seconds=time.monotonic() - begun)
             else:
-                gathered = step.accumulate(batches)
+                gathered = step.accumulate(batches, bool(asked_to_stop))
                 if measured:  # what follows waits for the slowest rank
                     gathered.asnumpy()
                     own = time.monotonic() - begun
                     events.beat(own=own)
                     telemetry.took("own", own)
                     telemetry.look()
-                journal.add(done, step.update(rate, decay, bool(asked_to_stop)))
+                journal.add(done, step.update(rate, decay))
             events.beat(mark=2 * done + 1)
             done += 1
             if measured and own is not None:

@@ -55,16 +55,17 @@ class _Scaled(nn.Cell):
 
 
 class Gradient(nn.Cell):
-    """The gradient of all trained parameters and the loss, both scaled, in one flat vector."""
+    """The gradient of all trained parameters and the loss, both scaled, and `stop` (1,), in one
+    flat vector: all that the processes exchange."""
 
     def __init__(self, loss: DiffusionLoss, trained: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
         self.scaled = _Scaled(loss)  # kept, so that `set_train` reaches the networks
         self.value_and_grad = ops.value_and_grad(self.scaled, None, ms.ParameterTuple(trained))
 
-    def construct(self, scale: Tensor, *batch: Tensor) -> Tensor:
+    def construct(self, scale: Tensor, stop: Tensor, *batch: Tensor) -> Tensor:
         loss, gradients = self.value_and_grad(scale, *batch)
-        return ops.concat((flatten(gradients), loss.reshape(1)))
+        return ops.concat((flatten(gradients), loss.reshape(1), stop))
 
 
 class Accumulate(nn.Cell):
@@ -76,16 +77,15 @@ class Accumulate(nn.Cell):
         self.buffer = buffer
         self.scaling = scaling
 
-    def construct(self, *batch: Tensor) -> Tensor:
-        return ops.assign_add(self.buffer, self.gradient(self.scaling[0], *batch))
+    def construct(self, stop: Tensor, *batch: Tensor) -> Tensor:
+        return ops.assign_add(self.buffer, self.gradient(self.scaling[0], stop, *batch))
 
 
 class Update(nn.Cell):
     """The end of a step: one all-reduce, clipping, and the optimizer.
 
-    `Accumulate` has gathered the gradient in `buffer`. The one vector that the processes exchange
-    holds the gradient, the loss, and how many of them were asked to stop. Whether it overflowed is
-    seen in its sum: infinity and NaN survive that.
+    `Accumulate` has gathered in `buffer` the one vector that the processes exchange. Whether the
+    gradient overflowed is seen in its sum: infinity and NaN survive that.
     """
 
     def __init__(
@@ -104,10 +104,9 @@ class Update(nn.Cell):
         self.all_reduce = ops.AllReduce() if world_size > 1 else None
 
     def construct(self, scalars: Tensor) -> Tensor:
-        """`scalars`: learning rate, EMA decay, growth of the loss scale, stop; see Outcome."""
+        """`scalars`: learning rate, EMA decay, growth of the loss scale; see Outcome."""
         scale, size = self.scaling[0], self.optimizer.size
-        vector = ops.concat((self.buffer, _SLICE(scalars, (3,), (1,))))
-        ops.assign(self.buffer, ops.zeros_like(self.buffer))
+        vector = self.buffer
         if self.all_reduce is not None:
             vector = self.all_reduce(vector)
         gradient, loss = _SLICE(vector, (0,), (size,)), vector[size]
@@ -119,7 +118,9 @@ class Update(nn.Cell):
         factor = (1 + grown) * (0.5 + 0.5 * applied)
         new_scale = scale + scalars[2] * (scale * factor - scale)
         ops.assign(self.scaling, ops.stack((new_scale, good * (1 - grown))))
-        return ops.stack((loss / count, norm, applied, rate, scale, vector[size + 1]))
+        found = ops.stack((loss / count, norm, applied, rate, scale, vector[size + 1]))
+        ops.assign(self.buffer, ops.depend(ops.zeros_like(self.buffer), found))
+        return found
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class TrainStep:
         self.scaling = Parameter(
             Tensor([first, 0.0], ms.float32), name="scaling", requires_grad=False
         )
-        zeros = np.zeros(optimizer.size + 1, np.float32)
+        zeros = np.zeros(optimizer.size + 2, np.float32)
         buffer = Parameter(Tensor(zeros), name="accumulated", requires_grad=False)
         gradient = Gradient(loss, optimizer.trained)
         self._accumulate = Accumulate(gradient, buffer, self.scaling)
@@ -173,18 +174,19 @@ class TrainStep:
         stop: bool = False,
     ) -> Tensor:
         """Starts a whole step; `outcome` waits for it."""
-        self.accumulate(batches)
-        return self.update(learning_rate, ema_decay, stop)
+        self.accumulate(batches, stop)
+        return self.update(learning_rate, ema_decay)
 
-    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch], stop: bool = False) -> Tensor:
         """Starts this rank's own part of a step: the gradient of each micro-batch."""
+        asked = Tensor([float(stop)], ms.float32)
         for batch in batches:
-            gathered = self._accumulate(*self._inputs(batch))
+            gathered = self._accumulate(asked, *self._inputs(batch))
         return gathered
 
-    def update(self, learning_rate: float, ema_decay: float = 0.0, stop: bool = False) -> Tensor:
+    def update(self, learning_rate: float, ema_decay: float = 0.0) -> Tensor:
         """Starts the part that the processes do together; `outcome` waits for it."""
-        scalars = (learning_rate, ema_decay, float(self.scaled), float(stop))
+        scalars = (learning_rate, ema_decay, float(self.scaled))
         return self._update(Tensor(scalars, ms.float32))
 
     def vectors(self) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from diffusion.layers import (
     _LayerNorm,
 )
 from diffusion.lora import adapters, inject, lora_parameters
+from diffusion.models import compile_graphs
 from diffusion.randomness import generator
 from diffusion.text_encoder import CLIPTextModel
 from diffusion.unet import UNet2DConditionModel
@@ -50,7 +51,7 @@ LOSS_SCALE = 1024.0
 
 @pytest.fixture(autouse=True, scope="module")
 def graph_mode() -> None:
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
 
 
 class Loss(nn.Cell):

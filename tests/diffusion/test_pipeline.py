@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
 from diffusion.config import load_model_config
-from diffusion.models import in_batches
+from diffusion.models import compile_graphs, in_batches
 from diffusion.pipeline import Pipeline, Settings
 from diffusion.schedule import ALPHAS_CUMPROD, zero_terminal
 
@@ -34,7 +33,7 @@ class Decoder(nn.Cell):
 
 @pytest.fixture(autouse=True, scope="module")
 def graph_mode() -> None:
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
 
 
 @pytest.fixture(scope="module")

@@ -198,10 +198,10 @@ def run(networks: dict[str, Any], config: Any, watch: Watch) -> dict[str, list[f
 
 
 def main() -> None:
-    import mindspore as ms
+    from diffusion.models import compile_graphs
 
     model, folder = sys.argv[1], Path(sys.argv[2])
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
     watch = Watch()
     try:
         paths = write(model, folder, watch)

@@ -26,7 +26,7 @@ from diffusion import models, pipeline, schedule
 from diffusion.config import TextEncoderConfig
 from diffusion.layers import count_parameters
 from diffusion.lora import inject, lora_parameters
-from diffusion.models import in_batches
+from diffusion.models import compile_graphs, in_batches
 from diffusion.solvers import dpm_solver_pp_2m, noise_levels
 from diffusion.text_encoder import CLIPTextModel
 from diffusion.unet import UNet2DConditionModel
@@ -46,7 +46,7 @@ Golden = Mapping[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def golden() -> Golden:
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
     with np.load(GOLDEN) as file:
         return dict(file)
 

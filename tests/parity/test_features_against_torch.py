@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.models import in_batches
+from diffusion.models import compile_graphs, in_batches
 from diffusion.randomness import generator
 from sampler import clip, efficientnet, features, inception
 from weights import checkpoint, torch_file
@@ -27,7 +26,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.timeout(1800)]
 
 @pytest.fixture(autouse=True, scope="module")
 def _graph_mode() -> None:
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
 
 
 def noise(name: str, *shape: int) -> np.ndarray:

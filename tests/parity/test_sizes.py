@@ -12,16 +12,16 @@ BASE = Path(__file__).parents[2] / "assets" / "emoji-base"
 
 @pytest.mark.parity
 def test_latents_of_odd_sizes() -> None:
-    import mindspore as ms
     import torch
     from diffusers import UNet2DConditionModel
     from mindspore import Tensor
 
     from diffusion import models
     from diffusion.config import recognise
+    from diffusion.models import compile_graphs
     from weights.base import open_base
 
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
     base = open_base(BASE)
     _, config = recognise(base)
     ours = models.load(config, base, "unet").set_train(False)

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
 
+from diffusion.models import compile_graphs
 from diffusion.randomness import generator
 from sampler import clip, efficientnet, features, inception, networks
 from sampler.features import Extractor, crop_then_resize, resize_clean, resize_then_crop
@@ -26,7 +26,7 @@ from weights.files import WeightsError
 
 @pytest.fixture(autouse=True, scope="module")
 def _graph_mode() -> None:
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
 
 
 def gradient(height: int, width: int) -> np.ndarray:

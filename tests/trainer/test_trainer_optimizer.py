@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
+from diffusion.models import compile_graphs
 from trainer.config import OptimizerConfig
 from trainer.optimizer import AdamW, Optimizer, Prodigy, learning_rate, make_optimizer
 
@@ -17,7 +18,7 @@ CURVATURE = np.arange(1, 7)
 
 @pytest.fixture(autouse=True, scope="module")
 def graph_mode() -> None:
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
 
 
 def parameters(module: str = "to_q") -> list[Parameter]:

@@ -11,6 +11,7 @@ from mindspore import nn
 
 from diffusion.config import UNetConfig
 from diffusion.lora import inject, lora_masks, lora_parameters
+from diffusion.models import compile_graphs
 from diffusion.unet import UNet2DConditionModel
 from trainer.batches import Batch
 from trainer.config import OptimizerConfig
@@ -30,7 +31,7 @@ RANK = 2
 
 @pytest.fixture(autouse=True, scope="module")
 def graph_mode() -> None:
-    ms.set_context(mode=ms.GRAPH_MODE)
+    compile_graphs()
 
 
 def batch(count: int, modules: int, dropped: bool = False) -> Batch:
