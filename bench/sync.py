@@ -4,8 +4,8 @@ the bare all-reduce of as many bytes.
     python -m bench.sync [--workers 2] [--ranks 4 16]
 
 The tensors are those of a LoRA on the attention of SD 1.5. Flat is what the trainer's second graph
-does: the vector with loss and wish to stop, reduced, cut and divided; the first graph has joined it,
-whose time is in the second line.
+does: the vector with loss and wish to stop, reduced, cut and divided; the first graph has joined
+it, whose time is in the second line.
 """
 
 from __future__ import annotations
