@@ -12,10 +12,10 @@ from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
 from diffusion.config import ModelConfig
-from diffusion.layers import GroupNorm, LayerNorm
+from diffusion.layers import FlashAttention, GroupNorm, LayerNorm, shared
 from diffusion.recomputed import Recomputed
 from diffusion.text_encoder import CLIPTextModel
-from diffusion.unet import Transformer2D, UNet2DConditionModel
+from diffusion.unet import Attention, Transformer2D, UNet2DConditionModel
 from diffusion.vae import AutoencoderKL
 from weights.base import Base
 from weights.files import WeightsError
@@ -87,6 +87,14 @@ def recompute(unet: nn.Cell) -> None:
                 cell.transformer_blocks[i] = Recomputed(block)
             for parameter, name in names:
                 parameter.name = name
+
+
+def use_flash_attention(unet: nn.Cell) -> None:
+    """Let the transformer blocks attend by the fused operator of Atlas A2 devices, which MindSpore
+    has for half precision alone."""
+    for _, cell in unet.cells_and_names():
+        if isinstance(cell, Attention):
+            cell.attend = shared(FlashAttention, cell.attend.width, cell.attend.heads)
 
 
 def set_weights(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], source: str) -> None:

@@ -161,7 +161,7 @@ def memory(config: RunConfig, plan: Plan, model: ModelConfig) -> dict[str, float
         "weights": float(size * in_step),
         "trained": float(trained),
         "activations": float(size * batch * kept),
-        "attention": float(3 * size * batch * largest),
+        "attention": 0.0 if config.flash_attention else float(3 * size * batch * largest),
         "other": OTHER_BYTES,
     }
 

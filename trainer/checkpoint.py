@@ -26,8 +26,8 @@ _HEADER = "ascend_lora_checkpoint"
 _NAME = re.compile(r"step_(\d{8})\.safetensors")
 
 _FREE = re.compile(
-    r"output|registry|cache|micro_batch|gradient_checkpointing|save_every|keep_checkpoints"
-    r"|validate_every|patience|cluster.*|samples.*|evaluation.*|base\.weights|data\.validation"
+    r"output|registry|cache|micro_batch|gradient_checkpointing|flash_attention|save_every"
+    r"|keep_checkpoints|validate_every|patience|cluster.*|samples.*|evaluation.*|base\.weights|data\.validation"
     r"|data\.train\.\d+\.folder"
 )
 """Config keys that do not change what is computed, or that digests speak for."""

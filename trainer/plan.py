@@ -226,9 +226,15 @@ def _precision(config: RunConfig, device_target: str) -> str:
             "precision: bf16 is not possible on CPU, MindSpore has no bfloat16 matrix product "
             "there; use fp32"
         )
-    if config.precision == "auto":
-        return "fp16" if device_target == "Ascend" and config.train == "lora" else "fp32"
-    return config.precision
+    precision = config.precision
+    if precision == "auto":
+        precision = "fp16" if device_target == "Ascend" and config.train == "lora" else "fp32"
+    if config.flash_attention and (device_target != "Ascend" or precision == "fp32"):
+        raise ConfigError(
+            f"flash_attention: MindSpore has it on Ascend in fp16 and bf16, not on {device_target} "
+            f"in {precision}; take it away"
+        )
+    return precision
 
 
 def _check_model(config: RunConfig, model: ModelConfig, name: str) -> None:

@@ -13,7 +13,7 @@ from mindspore import Parameter, nn
 
 from diffusion.config import ModelConfig, load_model_config
 from diffusion.lora import lora_masks
-from diffusion.models import in_batches, recompute
+from diffusion.models import in_batches, recompute, use_flash_attention
 from diffusion.pipeline import Pipeline
 from diffusion.tokenizer import Tokenizer, clip_vocabulary
 from trainer.batches import Batch, Draws, Order, Sampling, assemble, training_draws
@@ -111,6 +111,8 @@ def prepare(config: RunConfig, plan: Plan, scan: Scan, group: Group, events: Eve
         for parameter in text_encoder.get_parameters():
             parameter.requires_grad = False
     trained = prepare_trained(config, plan, networks)
+    if config.flash_attention:
+        use_flash_attention(unet)
     if config.gradient_checkpointing:
         recompute(unet)
     masks = [mask for network in networks.values() for mask in lora_masks(network)]
@@ -169,6 +171,7 @@ def _compiled(
         "lora": config.lora.model_dump(mode="json", exclude={"start"}),
         "optimizer": config.optimizer.model_dump(mode="json"),
         "gradient_checkpointing": config.gradient_checkpointing,
+        "flash_attention": config.flash_attention,
         "text_in_step": text_in_step,
         "precision": plan.precision,
         "device_target": plan.device_target,

@@ -198,6 +198,15 @@ def test_precision_follows_from_the_device(config: RunConfig) -> None:
         make_plan(config.model_copy(update={"precision": "bf16"}), 1, "CPU")
 
 
+def test_flash_attention_is_for_ascend_in_half_precision(config: RunConfig) -> None:
+    flash = config.model_copy(update={"flash_attention": True})
+    assert make_plan(flash, 1, "Ascend")[0].precision == "fp16"
+    with pytest.raises(ConfigError, match="not on CPU in fp32; take it away"):
+        make_plan(flash, 1, "CPU")
+    with pytest.raises(ConfigError, match="not on Ascend in fp32"):
+        make_plan(flash.model_copy(update={"precision": "fp32"}), 1, "Ascend")
+
+
 def test_zero_terminal_snr_needs_a_model_that_predicts_v(config: RunConfig) -> None:
     asked = config.model_copy(update={"zero_terminal_snr": True})
     assert make_plan(asked, 1)[0].model == "emoji"
