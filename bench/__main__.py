@@ -16,6 +16,8 @@ SHORT = (
     ("first_step",),
     ("sync",),
     ("startup",),
+    ("preparing", "--size", "small"),
+    ("registry_speed", "transfers"),
 )
 
 

@@ -11,7 +11,7 @@ includes all digests, the manifest and reading it back.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -147,6 +147,7 @@ def server(folder: Path) -> Iterator[servers.Server]:
 
 def transfers(folder: Path, rounds: int) -> None:
     open_registry("s3://loras/speed").create()  # tries what the server does, once
+    clients = [name for name in CLIENTS if importlib.util.find_spec(_IMPORTED[name][0])]
     for count, size in ((1, 100_000_000), (100, 1_000_000)):
         found: dict[tuple[str, str], list[list[float]]] = {}
         for turn in range(rounds):
@@ -158,7 +159,7 @@ def transfers(folder: Path, rounds: int) -> None:
                 else:
                     (files / f"{number}.png").write_bytes(PNG + np.random.default_rng().bytes(size))
             for direction in ("up", "down"):
-                for client in CLIENTS:
+                for client in clients:
                     shutil.rmtree(folder / "cache" / "blobs", ignore_errors=True)
                     words = ["--one", client, direction, str(files)]
                     command = [sys.executable, "-m", "bench.registry_speed", "transfers", *words]
@@ -167,7 +168,7 @@ def transfers(folder: Path, rounds: int) -> None:
             shutil.rmtree(files)
         for direction in ("up", "down"):
             base = statistics.median(row[0] for row in found[direction, "boto3"])
-            for client in CLIENTS:
+            for client in clients:
                 seconds, cpu, memory = (
                     statistics.median(column)
                     for column in zip(*found[direction, client], strict=True)
@@ -178,6 +179,17 @@ def transfers(folder: Path, rounds: int) -> None:
                     f"{memory:5.0f} MiB",
                     flush=True,
                 )
+            times, peaks = (
+                {name: [row[place] for row in found[direction, name]] for name in clients}
+                for place in (0, 2)
+            )
+            what = f"registry, {count} × {size // 1_000_000} MB {direction}"
+            turns.keep(
+                [
+                    turns.figure(what, times["ours"], times["boto3"], "s", "boto3", 1.1),
+                    turns.figure(f"{what}, memory", peaks["ours"], peaks["boto3"], "MiB", "boto3"),
+                ]
+            )
 
 
 def listing(folder: Path, names: int, versions: int) -> None:

@@ -4,7 +4,8 @@
 
 Both sides get noisy latents, timesteps and hidden states, run forward and backward, clip the
 gradient and let AdamW follow it. The step's values are waited for, as logging does. The first step,
-with whatever compiles, is told apart.
+with whatever compiles, is told apart. What the processor can do at most, a large matrix product and
+a copy, is measured in the same turns.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench import turns
+from diffusion import flops
 from diffusion.config import ModelConfig, load_model_config
 
 RANK = 4
@@ -125,6 +127,8 @@ def theirs(size: str, compiled: bool) -> tuple[Any, Callable[[str], Any]]:
     step()
 
     def seconds(count: str) -> Any:
+        if count == "limits":
+            return limits()
         found = []
         for _ in range(int(count)):
             start = time.monotonic()
@@ -133,6 +137,32 @@ def theirs(size: str, compiled: bool) -> tuple[Any, Callable[[str], Any]]:
         return {"seconds": statistics.median(found), "memory": turns.peak_memory()}
 
     return {"first_seconds": first, "loaded_seconds": loaded}, seconds
+
+
+def limits() -> Any:
+    """Operations and bytes a second: of a product of 2048², and of a copy of 256 MB."""
+    import torch
+
+    factor, long = torch.rand(2048, 2048), torch.rand(1 << 26)
+    target = torch.empty_like(long)
+    times: dict[str, list[float]] = {"operations": [], "bytes": []}
+    ways = {"operations": lambda: factor @ factor, "bytes": lambda: target.copy_(long)}
+    for _ in range(6):
+        for name, way in ways.items():
+            start = time.monotonic()
+            way()
+            times[name].append(time.monotonic() - start)
+    return {
+        "operations": 2 * 2048**3 / statistics.median(times["operations"]),
+        "bytes": 2 * 4 * (1 << 26) / statistics.median(times["bytes"]),
+    }
+
+
+def operations(size: str) -> float:
+    """Of a step; backward passes cost a forward one, those of attention five products for two."""
+    batch, width = SIZES[size]
+    cost = flops.unet(model_of(size).unet, width, width)
+    return batch * (2 * cost.layers + 3.5 * cost.attention)
 
 
 def compare(size: str, compiled: bool, rounds: int) -> list[turns.Figure]:
@@ -144,6 +174,7 @@ def compare(size: str, compiled: bool, rounds: int) -> list[turns.Figure]:
     if compiled:
         sides["compiled"] = turns.Side("training_step", "--side", "compiled", "--size", size)
     found = turns.in_turns(sides, rounds, str(STEPS[size]))
+    most = sides["diffusers"].ask("limits")
     for side in sides.values():
         side.end()
     times = {name: [one["seconds"] for one in answers] for name, answers in found.items()}
@@ -160,6 +191,16 @@ def compare(size: str, compiled: bool, rounds: int) -> list[turns.Figure]:
             GOALS.get(size),
         )
     ]
+    figures.append(
+        turns.Figure(
+            f"training step, {what}, at the processor's rate",
+            statistics.median(times["ours"]),
+            operations(size) / most["operations"],
+            "s",
+            f"its operations at {most['operations'] / 1e9:.0f} GFLOP/s, those of a 2048² product "
+            f"(a copy: {most['bytes'] / 1e9:.0f} GB/s)",
+        )
+    )
     if compiled:
         name = f"training step, {what}, compiled"
         peer = "the same under torch.compile"

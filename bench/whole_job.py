@@ -1,49 +1,67 @@
 """From a folder of images to a saved LoRA, beside diffusers' recipe (train_text_to_image_lora.py).
 
-    python -m bench.whole_job [--size small quarter] [--epochs 30] [--rounds 1]
+    python -m bench.whole_job [--size small quarter full] [--epochs 30]
 
 Both are commands that start, read the 200 images of the assets with their captions, train a LoRA of
 rank 4 on the attention of the UNet in batches of 16, and save it. Small is the small base; quarter
 has Stable Diffusion 1.5's whole VAE and text encoder and a quarter of its UNet's channels, with
-random weights. The recipe is written here after diffusers' example: VAE and text encoder run in
-every step, and accelerate holds the loop; only the tokenizer is ours. Ours begins with empty
-caches; a second run finds them full.
+random weights, and sees the images at 64 × 64 too. Full is Stable Diffusion 1.5 at 256 × 256 with
+four images, one at a time, for the memory that it takes. The recipe is written here after
+diffusers' example: VAE and text encoder run in every step, and accelerate holds the loop; only the
+tokenizer is ours. Ours begins with empty caches; a second run finds them full.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench import turns
 from bench.training_step import model_of
 
 BASE, IMAGES = turns.ROOT / "assets/emoji-base", turns.ROOT / "assets/emoji-ink/train"
-BATCH, RANK, SIZE, RATE = 16, 4, 64, 1e-4
+RANK, RATE = 4, 1e-4
 
 
-def make_base(folder: Path) -> None:
-    """Random weights of the quarter in diffusers' layout, and its description beside them."""
+@dataclass(frozen=True)
+class Job:
+    """What both sides are told."""
+
+    base: Path
+    images: Path
+    pixels: int
+    batch: int
+    epochs: int
+
+
+PIXELS = {"small": 64, "quarter": 64, "full": 256}
+COUNTS = {"small": 200, "quarter": 200, "full": 4}
+BATCHES = {"small": 16, "quarter": 16, "full": 1}
+
+
+def make_base(folder: Path, size: str) -> None:
+    """Random weights in diffusers' layout, and their description beside them."""
     import yaml
 
     from tests.parity import make_golden
 
-    config = model_of("quarter")
+    config = model_of(size)
     make_golden.unet(config.unet).save_pretrained(folder / "unet")
     make_golden.vae(config.vae).save_pretrained(folder / "vae")
     make_golden.text_encoder(config.text_encoder).save_pretrained(folder / "text_encoder")
     (folder / "model.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
 
 
-def recipe(base: Path, epochs: int, out: Path) -> None:
-    """diffusers' way."""
+def recipe(job: Job, out: Path) -> None:
+    """diffusers' way; prints the memory that it took."""
     import numpy as np
     import torch
     import torch.nn.functional as functional
@@ -70,12 +88,12 @@ def recipe(base: Path, epochs: int, out: Path) -> None:
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="v_prediction" if base == BASE else "epsilon",
+        prediction_type="v_prediction" if job.base == BASE else "epsilon",
     )
-    text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").float()
+    text_encoder = CLIPTextModel.from_pretrained(job.base / "text_encoder").float()
     text_encoder.requires_grad_(False)
-    vae = AutoencoderKL.from_pretrained(base / "vae").float().requires_grad_(False)
-    unet = UNet2DConditionModel.from_pretrained(base / "unet").float().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(job.base / "vae").float().requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained(job.base / "unet").float().requires_grad_(False)
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
     config = LoraConfig(
         r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets
@@ -86,7 +104,7 @@ def recipe(base: Path, epochs: int, out: Path) -> None:
     tokenizer = Tokenizer(clip_vocabulary(), 49407)
 
     class Pictures(torch.utils.data.Dataset):
-        paths = sorted(IMAGES.glob("*.png"))
+        paths = sorted(job.images.glob("*.png"))
 
         def __len__(self) -> int:
             return len(self.paths)
@@ -94,16 +112,16 @@ def recipe(base: Path, epochs: int, out: Path) -> None:
         def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
             path = self.paths[row]
             with Image.open(path) as image:
-                small = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+                small = image.convert("RGB").resize((job.pixels, job.pixels), 2)
             pixels = torch.from_numpy(np.asarray(small, np.float32) / 127.5 - 1).permute(2, 0, 1)
             ids = tokenizer([path.with_suffix(".txt").read_text().strip()])[0]
             return pixels, torch.from_numpy(ids).long()
 
-    loader = torch.utils.data.DataLoader(Pictures(), batch_size=BATCH, shuffle=True)
-    steps = epochs * len(loader)
+    loader = torch.utils.data.DataLoader(Pictures(), batch_size=job.batch, shuffle=True)
+    steps = job.epochs * len(loader)
     rates = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=steps)
     unet, optimizer, loader, rates = accelerator.prepare(unet, optimizer, loader, rates)
-    for _ in range(epochs):
+    for _ in range(job.epochs):
         unet.train()
         for pixels, ids in loader:
             with accelerator.accumulate(unet):
@@ -117,7 +135,7 @@ def recipe(base: Path, epochs: int, out: Path) -> None:
                     target = scheduler.get_velocity(latents, noise, timesteps)
                 predicted = unet(noisy, timesteps, text, return_dict=False)[0]
                 loss = functional.mse_loss(predicted.float(), target.float(), reduction="mean")
-                accelerator.gather(loss.repeat(BATCH)).mean().item()
+                accelerator.gather(loss.repeat(job.batch)).mean().item()
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
@@ -125,78 +143,117 @@ def recipe(base: Path, epochs: int, out: Path) -> None:
                 optimizer.zero_grad()
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=layers)
+    print(turns.peak_memory())
 
 
-def seconds(command: list[str]) -> float:
-    """How long a command takes, with the threads that both sides have."""
+@dataclass(frozen=True)
+class Took:
+    """What a run took."""
+
+    seconds: float
+    memory: int
+    """Bytes of the process that trains, at its highest."""
+
+
+def timed(command: list[str]) -> tuple[float, str]:
+    """Seconds of a command with the threads that both sides have, and its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
     begun = time.monotonic()
-    subprocess.run(command, check=True, cwd=turns.ROOT, env=environment, capture_output=True)
-    return time.monotonic() - begun
+    done = subprocess.run(
+        command,
+        check=True,
+        cwd=turns.ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    return time.monotonic() - begun, done.stdout
 
 
-def ours(base: Path, folder: Path, epochs: int) -> Callable[[], float]:
+def ours(job: Job, folder: Path, number: int) -> Took:
     """lora-launch with one worker."""
-    config = folder / "timed.yaml"
-    named = "emoji" if base == BASE else base / "model.yaml"
+    config, runs = folder / "timed.yaml", folder / f"runs{number}"
+    named = "emoji" if job.base == BASE else job.base / "model.yaml"
     config.write_text(f"""
 name: timed
-base: {{weights: {base}, model: {named}}}
-data: {{train: {IMAGES}, resolution: {SIZE}}}
+base: {{weights: {job.base}, model: {named}}}
+data: {{train: {job.images}, resolution: {job.pixels}}}
 lora: {{rank: {RANK}}}
 optimizer: {{learning_rate: {RATE}}}
-global_batch: {BATCH}
+global_batch: {job.batch}
+epochs: {job.epochs}
 min_snr_gamma: null
 evaluation: null
+output: {runs}
+cache: {folder / "cache"}
 """)
-
-    def run() -> float:
-        settings = (f"output={folder / 'runs'}", f"cache={folder / 'cache'}", f"epochs={epochs}")
-        words = [part for setting in settings for part in ("--set", setting)]
-        launch = [sys.executable, "-m", "launcher.cli", "--devices", "1", *words]
-        return seconds([*launch, str(config)])
-
-    return run
+    seconds, _ = timed([sys.executable, "-m", "launcher.cli", "--devices", "1", str(config)])
+    (result,) = runs.glob("*/attempt_1/result.json")
+    return Took(seconds, json.loads(result.read_text())["peak_memory_bytes"])
 
 
-def compare(size: str, epochs: int, rounds: int) -> list[turns.Figure]:
-    """Seconds of the whole job, with empty and with full caches."""
-    times: dict[str, list[float]] = {"cold": [], "warm": [], "diffusers": []}
+def theirs(job: Job, folder: Path) -> Took:
+    """The recipe, in a process of its own."""
+    told = json.dumps({key: str(value) for key, value in vars(job).items()})
+    words = ["-m", "bench.whole_job", "--job", told, "--recipe", str(folder / "theirs")]
+    seconds, output = timed([sys.executable, *words])
+    return Took(seconds, int(output.split()[-1]))
+
+
+def compare(size: str, epochs: int) -> list[turns.Figure]:
+    """Seconds of the whole job, with empty and with full caches; memory."""
     with tempfile.TemporaryDirectory() as name:
-        folder, base = Path(name), BASE
-        if size == "quarter":
+        folder = Path(name)
+        base, images = BASE, folder / "images"
+        if size != "small":
             base = folder / "base"
-            make_base(base)
-        run = ours(base, folder, epochs)
-        words = ["-m", "bench.whole_job", "--epochs", str(epochs), "--base", str(base)]
-        for _ in range(rounds):
-            shutil.rmtree(folder / "cache", ignore_errors=True)
-            times["cold"].append(run())
-            times["diffusers"].append(
-                seconds([sys.executable, *words, "--recipe", str(folder / "theirs")])
-            )
-            times["warm"].append(run())
-    what = f"images to LoRA, {size}, {epochs} epochs of 200"
+            make_base(base, size)
+        images.mkdir()
+        for path in sorted(IMAGES.glob("*.png"))[: COUNTS[size]]:
+            shutil.copy(path, images)
+            shutil.copy(path.with_suffix(".txt"), images)
+        job = Job(base, images, PIXELS[size], BATCHES[size], epochs)
+        cold = ours(job, folder, 0)
+        others = theirs(job, folder)
+        warm = ours(job, folder, 1)
+    what = f"{size}, {epochs} epochs of {COUNTS[size]}"
     peer = "diffusers' recipe"
+    goal = 0.4 if size != "full" and epochs == 30 else None
     return [
-        turns.figure(what, times["cold"], times["diffusers"], "s", peer, 0.4),
-        turns.figure(f"{what}, caches full", times["warm"], times["diffusers"], "s", peer),
+        turns.Figure(f"images to LoRA, {what}", cold.seconds, others.seconds, "s", peer, goal),
+        turns.Figure(
+            f"images to LoRA, {what}, caches full", warm.seconds, others.seconds, "s", peer
+        ),
+        turns.Figure(
+            f"memory of the job, {what}", cold.memory / 1e9, others.memory / 1e9, "GB", peer, 1.0
+        ),
+        turns.Figure(
+            f"memory of the job, {what}, caches full",
+            warm.memory / 1e9,
+            others.memory / 1e9,
+            "GB",
+            peer,
+            1.0,
+        ),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, metavar="OUT", help="Be the other side.")
-    parser.add_argument("--base", type=Path, default=BASE, help="Of the other side.")
-    parser.add_argument("--size", nargs="+", choices=["small", "quarter"], default=["small"])
+    parser.add_argument("--job", help="Of the other side, in JSON.")
+    parser.add_argument("--size", nargs="+", choices=[*PIXELS], default=["small"])
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=1)
     given = parser.parse_args()
     if given.recipe:
-        recipe(given.base, given.epochs, given.recipe)
+        told = json.loads(given.job)
+        paths = {key: Path(told[key]) for key in ("base", "images")}
+        numbers = {key: int(told[key]) for key in ("pixels", "batch", "epochs")}
+        recipe(Job(**paths, **numbers), given.recipe)
         return
     for size in given.size:
-        figures = compare(size, given.epochs, given.rounds)
+        figures = compare(size, given.epochs)
         turns.show(figures)
         turns.keep(figures)
 
