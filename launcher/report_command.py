@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from launcher.report import Facts, Picture
+    from launcher.report_parts import Facts, Picture
 
 _MOST_PICTURES = 48
 _MOST_BYTES = 8_000_000
@@ -65,7 +65,7 @@ def read_facts(folder: Path, now: float) -> Facts:
 
     Raises LaunchError if the folder is none of a run.
     """
-    from launcher.report import Facts
+    from launcher.report_parts import Facts
     from launcher.status import course_of, read_attempts, state_of
 
     attempts = read_attempts(folder)
@@ -163,7 +163,7 @@ def _picture(step: int, path: Path, pack: bool) -> Picture | None:
 
     from PIL import Image
 
-    from launcher.report import Picture
+    from launcher.report_parts import Picture
 
     try:
         data = path.read_bytes()

@@ -31,8 +31,8 @@ from launcher.curves import (
     ticks,
     value_range,
 )
-from launcher.report import speeds_of
 from launcher.report_command import read_facts, scalars
+from launcher.report_curves import speeds_of
 from launcher.status import read_attempts
 
 SCRIPT = "<script>alert('x')</script> & \"more\""
