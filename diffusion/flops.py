@@ -82,16 +82,22 @@ def unet(config: UNetConfig, height: int, width: int, tokens: int = TOKENS) -> C
     cost = Cost(_conv(3, config.in_channels + config.out_channels, channels[0], height * width))
     cost += Cost(2.0 * (channels[0] * time + time * time))
     for one in unet_levels(config, height, width):
+        cost += level(one, config.cross_attention_dim, tokens)
         if one.kind == "resnet":
-            cost += _resnet(one.channels_in, one.channels, one.positions)
             cost += Cost(2.0 * time * one.channels)
-        else:
-            cost += _transformer(one.channels, one.positions, config.cross_attention_dim, tokens)
-    for level in range(last):
-        h, w = (height + 2**level - 1) >> level, (width + 2**level - 1) >> level
-        down = _conv(3, channels[level], channels[level], ((h + 1) // 2) * ((w + 1) // 2))
-        cost += Cost(down + _conv(3, channels[level + 1], channels[level + 1], h * w))
+    for i in range(last):
+        h, w = (height + 2**i - 1) >> i, (width + 2**i - 1) >> i
+        down = _conv(3, channels[i], channels[i], ((h + 1) // 2) * ((w + 1) // 2))
+        cost += Cost(down + _conv(3, channels[i + 1], channels[i + 1], h * w))
     return cost
+
+
+def level(one: Level, context: int, tokens: int = TOKENS) -> Cost:
+    """A forward pass through one block, without what the timestep adds; `context` is the width of
+    the text."""
+    if one.kind == "resnet":
+        return _resnet(one.channels_in, one.channels, one.positions)
+    return _transformer(one.channels, one.positions, context, tokens)
 
 
 def vae_encoder(config: VAEConfig, height: int, width: int) -> Cost:

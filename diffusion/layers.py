@@ -269,6 +269,20 @@ class _GroupNorm(nn.Cell):
         return CAST(RESHAPE(dx, x.shape), x.dtype), dweight, dbias
 
 
+class ChannelAffine(nn.Cell):
+    """`channel_affine`, whose backward pass asks for x only if scale is trained; BatchNorm's own
+    keeps it in any case."""
+
+    def construct(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return channel_affine(x, scale, shift)
+
+    def bprop(
+        self, x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx = channel_affine(dout, scale, _ZEROS(shift))
+        return dx, _SUM(dout * x, (0, 2, 3)), _SUM(dout, (0, 2, 3))
+
+
 class _FusedGroupNorm(nn.Cell):
     """The same as two BatchNorms: one whose channels are the groups, and that finds mean and
     variance, and one that scales and shifts.
@@ -281,11 +295,12 @@ class _FusedGroupNorm(nn.Cell):
         super().__init__()
         self.groups = groups
         self.norm = batch_norm(eps)
+        self.affine = shared(ChannelAffine)
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows = RESHAPE(CAST(x, ms.float32), (1, x.shape[0] * self.groups, -1, x.shape[3]))
         y = RESHAPE(normalised_rows(self.norm, rows), x.shape)
-        return CAST(channel_affine(y, weight, bias), x.dtype)
+        return CAST(self.affine(y, weight, bias), x.dtype)
 
 
 class AddToChannels(nn.Cell):

@@ -14,6 +14,7 @@ from typing import Any
 from diffusion import flops
 from diffusion.config import ModelConfig, load_model_config
 from diffusion.flops import Level
+from launcher import account
 from registry.words import human_time
 from trainer.config import RunConfig
 from trainer.plan import Plan
@@ -60,6 +61,9 @@ class Estimate:
     """Of a device."""
     parts: Mapping[str, float]
     """Of the memory, in bytes."""
+    account: Mapping[str, float]
+    """Of a step, in seconds: what each kind of work takes at the least, the all-reduce, and what
+    that leaves of the whole. Empty if a step is more than one pass of a LoRA in half precision."""
 
     @property
     def fits(self) -> bool:
@@ -100,7 +104,30 @@ def estimate(config: RunConfig, plan: Plan, product: str, devices: int) -> Estim
         plan.images / speed / 3600,
         sum(parts.values()),
         parts,
+        _account(config, plan, model, product, compute, reduce),
     )
+
+
+def _account(
+    config: RunConfig,
+    plan: Plan,
+    model: ModelConfig,
+    product: str,
+    compute: float,
+    reduce: float,
+) -> dict[str, float]:
+    if config.train == "all" or config.gradient_checkpointing or plan.precision == "fp32":
+        return {}
+    found: dict[str, float] = {}
+    seen = sum(count for *_, count in plan.shapes)
+    images = plan.micro_batch * plan.accumulation
+    for width, height, count in plan.shapes:
+        latents = height // model.vae.factor, width // model.vae.factor
+        kinds = account.unet_step(model.unet, *latents, 2, product, config.flash_attention)
+        for name, seconds in kinds.items():
+            found[name] = found.get(name, 0.0) + images * count / seen * seconds
+    left = max(0.0, compute - sum(found.values()))
+    return {**found, "everything else": left, "all-reduce": reduce}
 
 
 def operations(config: RunConfig, plan: Plan, model: ModelConfig, pixels: tuple[int, int]) -> float:
@@ -205,6 +232,10 @@ def text(found: list[Estimate]) -> str:
     for row in rows:
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
         lines.append(f"  {'  '.join(cells)}".rstrip())
+    for one in found:
+        if one.account:
+            shares = (f"{name} {1000 * seconds:.0f}" for name, seconds in one.account.items())
+            lines.append(f"  ms of {one.product}, each at the least: {', '.join(shares)}")
     return "\n".join(
         [
             "estimate, from operations and figures published for another program: no NPU was there "

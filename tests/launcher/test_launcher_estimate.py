@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from diffusion import flops
 from diffusion.config import load_model_config
-from launcher import estimate
+from launcher import account, estimate
 from launcher.cli import main
 from launcher.estimate import Estimate
 from launcher.job import Job, prepare
@@ -77,6 +77,32 @@ def test_more_is_more(job: Job) -> None:
     assert of(job, micro_batch=8).memory_bytes > base.memory_bytes
     assert of(job, micro_batch=256).fits is False
     assert of(job, product="910A").hours > base.hours
+
+
+@pytest.mark.parametrize("product", ["A2", "910A"])
+def test_the_account_adds_up(job: Job, product: str) -> None:
+    found = of(job, product=product)
+    assert sum(found.account.values()) == pytest.approx(found.step_seconds)
+    assert all(seconds > 0 for seconds in found.account.values())
+    at_peak = ("convolutions", "linear layers", "attention")
+    operations = estimate.operations(job.config, job.plan, load_model_config("sd15"), (512, 512))
+    time_embedding = 0.001
+    assert sum(found.account[kind] for kind in at_peak) == pytest.approx(
+        4 * operations / account.PEAK[product], rel=time_embedding
+    )
+
+
+def test_the_account_says_what_flash_attention_would_spare(job: Job) -> None:
+    flash = dataclasses.replace(
+        job, config=job.config.model_copy(update={"flash_attention": True, "precision": "fp16"})
+    )
+    assert of(job).account["attention's matrices"] > 0.03
+    assert of(flash).account["attention's matrices"] == 0
+    assert of(flash).memory_bytes < of(job).memory_bytes
+
+
+def test_there_is_no_account_of_what_was_not_counted(job: Job) -> None:
+    assert of(job, precision="fp32").account == {}
 
 
 def test_without_images_there_is_no_estimate(job: Job) -> None:

@@ -1,0 +1,62 @@
+"""Where the milliseconds of an Ascend step would go, from what is counted: operations at the rate
+of the matrix unit, bytes at that of the memory. Each is the least that it can take.
+
+Nothing here was measured by this project: there was no NPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from diffusion import flops
+from diffusion.config import UNetConfig
+
+PEAK = {"910A": 256e12, "A2": 313e12}
+"""Operations a second of the matrix unit in half precision: Huawei at Hot Chips 31 (2019) for the
+910, and of Atlas 800T A2, eight at 2.5 PFLOPS."""
+BANDWIDTH = {"910A": 1.2e12, "A2": 1.6e12}
+"""Bytes a second of the device's memory, from the same."""
+
+# How often a number of a feature map goes through memory, forward and back, if each operator reads
+# what it is given and writes what it makes, in multiples of the channels. A normalisation: 3, back
+# 5. An activation: 2, back 3. A sum: 3. A transpose: 2.
+RESNET_IN, RESNET = 3 + 2 + 5 + 3 + 3, 2 + 3 + 2 + 3 + 5 + 3
+TRANSFORMER = (3 + 4 + 9 + 9 + 3 + 8 + 12) + (5 + 4 + 15 + 8 + 12 + 20)
+"""GroupNorm, transposes around the blocks, three LayerNorms, residuals, the heads' transposes and
+the gate, of four times the channels and eight before it."""
+ADAPTERS = 8 * (5 + 7)
+"""Eight adapters: forward one pass over the input and four to add; back three over gradient and
+input and four to add."""
+SCORES = 4 + 10
+"""Passes over an attention matrix: made, softmax, read; back made again, and its gradient."""
+
+
+def unet_step(
+    config: UNetConfig, height: int, width: int, size: int, product: str, flash: bool
+) -> Mapping[str, float]:
+    """Seconds, by kind, of a LoRA's forward and backward pass for one image of so many latents,
+    whose numbers have `size` bytes."""
+    rate, bandwidth = PEAK[product], BANDWIDTH[product]
+    seconds = dict.fromkeys(("convolutions", "linear layers", "attention"), 0.0)
+    bytes_of = dict.fromkeys(("attention's matrices", "other activations", "adapters"), 0.0)
+    for level in flops.unet_levels(config, height, width):
+        cost = flops.level(level, config.cross_attention_dim)
+        if level.kind == "resnet":
+            seconds["convolutions"] += 2 * cost.layers / rate
+            passes = RESNET_IN * level.channels_in + RESNET * level.channels
+            bytes_of["other activations"] += passes * level.positions * size
+            continue
+        seconds["linear layers"] += 2 * cost.layers / rate
+        seconds["attention"] += 3.5 * cost.attention / rate
+        scores = level.heads * level.positions * (level.positions + flops.TOKENS)
+        bytes_of["attention's matrices"] += 0.0 if flash else SCORES * scores * size
+        numbers = level.channels * level.positions
+        bytes_of["other activations"] += TRANSFORMER * numbers * size
+        bytes_of["adapters"] += ADAPTERS * numbers * size
+    whole = flops.unet(config, height, width)
+    counted = sum(
+        flops.level(level, config.cross_attention_dim).layers
+        for level in flops.unet_levels(config, height, width)
+    )
+    seconds["convolutions"] += 2 * (whole.layers - counted) / rate
+    return {**seconds, **{name: count / bandwidth for name, count in bytes_of.items()}}
