@@ -1,4 +1,4 @@
-"""Drawing with a merged LoRA, beside diffusers: 20 steps of DPM-Solver++(2M) with guidance.
+"""Drawing beside diffusers: 20 steps of DPM-Solver++(2M) with guidance.
 
     python -m bench.sampling [--batches 1 4 16]
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench import turns
+from diffusion import flops
+from diffusion.config import load_model_config
 from launcher import estimate
 
 COMPUTE_SECONDS = 4 / (15.27 * estimate.CACHED_SPEEDUP)
@@ -30,6 +32,13 @@ STORAGE_BYTES = 5e9
 """A second, of the storage for all servers together: an assumption."""
 ENCODE_SECONDS = 1.117e12 / (15.27 * estimate.CACHED_SPEEDUP * 1.80e12)
 """Of one picture through the VAE, at the rate of training."""
+
+
+_UNET = flops.unet(load_model_config("sd15").unet, 64, 64)
+WHOLE_SECONDS = COMPUTE_SECONDS * (
+    (3 * _UNET.layers + 3.5 * _UNET.attention) / (2 * _UNET.layers + 3.5 * _UNET.attention)
+)
+"""The same if all weights are trained: their gradients are a third pass."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +59,20 @@ def ring_seconds(size: float, devices: int) -> float:
     return estimate.LATENCY_SECONDS * hops + 2 * size / estimate.NETWORK_BYTES
 
 
-def simulate(devices: int, size: float, jitter: float, ring: bool = False) -> Point:
-    """The mean over some steps."""
+def simulate(
+    devices: int,
+    size: float,
+    jitter: float,
+    ring: bool = False,
+    compute: float = COMPUTE_SECONDS,
+) -> Point:
+    """The mean over some steps, of so many seconds without the all-reduce."""
     draw = np.random.default_rng(devices)
     factors = np.exp(draw.normal(-jitter * jitter / 2, jitter, (STEPS, devices)))
-    slowest = COMPUTE_SECONDS * factors.max(1)
+    slowest = compute * factors.max(1) if devices > 1 else np.full(STEPS, compute)
     reduce = ring_seconds(size, devices) if ring else estimate.allreduce_seconds(size, devices)
     speed = 4 * devices / float((slowest + reduce).mean())
-    return Point(devices, speed, speed / devices / (4 / COMPUTE_SECONDS))
+    return Point(devices, speed, speed / devices / (4 / compute))
 
 
 def most_from_storage(size: float) -> int:
@@ -112,7 +127,7 @@ def main() -> None:
         points = [
             simulate(devices, lora, 0.0),
             simulate(devices, lora, 0.0, ring=True),
-            simulate(devices, whole, 0.0),
+            simulate(devices, whole, 0.0, compute=WHOLE_SECONDS),
             simulate(devices, lora, JITTER[1]),
             simulate(devices, lora, JITTER[2]),
         ]

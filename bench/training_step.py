@@ -5,7 +5,7 @@
 Both sides get noisy latents, timesteps and hidden states, run forward and backward, clip the
 gradient and let AdamW follow it. The step's values are waited for, as logging does. The first step,
 with whatever compiles, is told apart. What the processor can do at most, a large matrix product and
-a copy, is measured in the same turns.
+a copy, is measured in the same run.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +136,23 @@ def show(figures: Sequence[Figure]) -> None:
         )
 
 
+def versions() -> dict[str, str | None]:
+    """Of what is compared, if it is installed."""
+    found: dict[str, str | None] = {}
+    for package in ("mindspore", "torch", "diffusers", "peft", "boto3"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
 def keep(figures: Sequence[Figure], file: str = "latest.json") -> None:
     """Put them into the results, in the place of those of the same names."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / file
     found = {one["name"]: one for one in json.loads(path.read_text())} if path.exists() else {}
+    measured = {"date": date.today().isoformat(), "cpu_count": os.cpu_count(), **versions()}
     for one in figures:
-        found[one.name] = {**asdict(one), "ratio": round(one.ratio, 4)}
+        found[one.name] = {**asdict(one), "ratio": round(one.ratio, 4), "measured": measured}
     path.write_text(json.dumps(list(found.values()), indent=1, ensure_ascii=False) + "\n")

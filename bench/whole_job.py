@@ -160,14 +160,10 @@ def timed(command: list[str]) -> tuple[float, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
     begun = time.monotonic()
     done = subprocess.run(
-        command,
-        check=True,
-        cwd=turns.ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+        command, cwd=turns.ROOT, env=environment, capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} has ended with {done.returncode}:\n{done.stderr}")
     return time.monotonic() - begun, done.stdout
 
 

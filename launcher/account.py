@@ -25,20 +25,21 @@ TRANSFORMER = (3 + 4 + 9 + 9 + 3 + 8 + 12) + (5 + 4 + 15 + 8 + 12 + 20)
 """GroupNorm, transposes around the blocks, three LayerNorms, residuals, the heads' transposes and
 the gate, of four times the channels and eight before it."""
 ADAPTERS = 8 * (5 + 7)
-"""Eight adapters: forward one pass over the input and four to add; back three over gradient and
-input and four to add."""
+"""Those of attention, eight: forward one pass over the input and four to add; back three over
+gradient and input and four to add."""
+MATRICES = "attention's matrices"
 SCORES = 4 + 10
 """Passes over an attention matrix: made, softmax, read; back made again, and its gradient."""
 
 
 def unet_step(
-    config: UNetConfig, height: int, width: int, size: int, product: str, flash: bool
+    config: UNetConfig, height: int, width: int, size: int, product: str
 ) -> Mapping[str, float]:
     """Seconds, by kind, of a LoRA's forward and backward pass for one image of so many latents,
     whose numbers have `size` bytes."""
     rate, bandwidth = PEAK[product], BANDWIDTH[product]
     seconds = dict.fromkeys(("convolutions", "linear layers", "attention"), 0.0)
-    bytes_of = dict.fromkeys(("attention's matrices", "other activations", "adapters"), 0.0)
+    bytes_of = dict.fromkeys((MATRICES, "other activations", "adapters"), 0.0)
     for level in flops.unet_levels(config, height, width):
         cost = flops.level(level, config.cross_attention_dim)
         if level.kind == "resnet":
@@ -49,7 +50,7 @@ def unet_step(
         seconds["linear layers"] += 2 * cost.layers / rate
         seconds["attention"] += 3.5 * cost.attention / rate
         scores = level.heads * level.positions * (level.positions + flops.TOKENS)
-        bytes_of["attention's matrices"] += 0.0 if flash else SCORES * scores * size
+        bytes_of[MATRICES] += SCORES * scores * size
         numbers = level.channels * level.positions
         bytes_of["other activations"] += TRANSFORMER * numbers * size
         bytes_of["adapters"] += ADAPTERS * numbers * size

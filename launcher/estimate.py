@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from diffusion import flops
@@ -35,6 +35,8 @@ LATENCY_SECONDS = 5e-3
 SERVER_BYTES = 100e9
 """A second, of one device's all-reduce in a server: what a full fine-tune of SD 1.5 there (3.4 GB,
 318 ms instead of 253 ms on eight) leaves after that latency."""
+ROUNDS_IN_SERVER = 3
+"""Of halving and doubling among eight, which that latency is taken to be of: an assumption."""
 NETWORK_BYTES = 25e9
 """A second, between servers: 200 Gbit/s of RoCE for each device of an Atlas 800T A2."""
 DEVICES_PER_SERVER = 8
@@ -64,6 +66,7 @@ class Estimate:
     account: Mapping[str, float]
     """Of a step, in seconds: what each kind of work takes at the least, the all-reduce, and what
     that leaves of the whole. Empty if a step is more than one pass of a LoRA in half precision."""
+    precision: str
 
     @property
     def fits(self) -> bool:
@@ -71,15 +74,30 @@ class Estimate:
         return self.memory_bytes <= MEMORY[self.product]
 
 
-def estimates(config: RunConfig, plan: Plan) -> list[Estimate]:
-    """The run as it is planned, on each product; none if the plan does not know its images."""
+def estimates(
+    config: RunConfig, plan: Plan, product: str | None = None, servers: int = 1
+) -> list[Estimate]:
+    """The run as it is planned, on that product or on each; none if the plan does not know its
+    images, or nothing was published of the product."""
     if not plan.shapes or not plan.steps or plan.trained_parameters is None:
         return []
-    return [estimate(config, plan, product, plan.devices) for product in RATES]
+    return [
+        estimate(config, plan, one, plan.devices, servers)
+        for one in RATES
+        if product in (None, one)
+    ]
 
 
-def estimate(config: RunConfig, plan: Plan, product: str, devices: int) -> Estimate:
-    """The planned run on so many devices, with the micro-batch that it has."""
+def estimate(
+    config: RunConfig, plan: Plan, product: str, devices: int, servers: int = 1
+) -> Estimate:
+    """The planned run on so many devices, with the micro-batch that it has.
+
+    On a 910A it is in float32 whatever is planned: in half precision it would be refused there.
+    """
+    if product == "910A":
+        plan = replace(plan, precision="fp32")
+        config = config.model_copy(update={"flash_attention": False})
     model = load_model_config(plan.model)
     seen = sum(count for *_, count in plan.shapes)
     work = sum(
@@ -89,8 +107,11 @@ def estimate(config: RunConfig, plan: Plan, product: str, devices: int) -> Estim
     rate = RATES[product] / (FP32_SLOWDOWN if plan.precision == "fp32" else 1.0)
     share = plan.micro_batch * plan.accumulation
     compute = share * work / seen / rate
+    counted = _counted(config, plan, model, product)
+    if config.flash_attention:  # the published figures were without
+        compute -= counted.pop(account.MATRICES, 0.0)
     synced = 4 * ((plan.trained_parameters or 0) + 2)
-    reduce = allreduce_seconds(synced, devices)
+    reduce = allreduce_seconds(synced, devices, servers)
     speed = share * devices / (compute + reduce)
     parts = memory(config, plan, model)
     return Estimate(
@@ -104,18 +125,18 @@ def estimate(config: RunConfig, plan: Plan, product: str, devices: int) -> Estim
         plan.images / speed / 3600,
         sum(parts.values()),
         parts,
-        _account(config, plan, model, product, compute, reduce),
+        counted
+        and {
+            **counted,
+            "everything else": max(0.0, compute - sum(counted.values())),
+            "all-reduce": reduce,
+        },
+        plan.precision,
     )
 
 
-def _account(
-    config: RunConfig,
-    plan: Plan,
-    model: ModelConfig,
-    product: str,
-    compute: float,
-    reduce: float,
-) -> dict[str, float]:
+def _counted(config: RunConfig, plan: Plan, model: ModelConfig, product: str) -> dict[str, float]:
+    """Seconds of a step by kind of work, with attention's matrices written."""
     if config.train == "all" or config.gradient_checkpointing or plan.precision == "fp32":
         return {}
     found: dict[str, float] = {}
@@ -123,11 +144,10 @@ def _account(
     images = plan.micro_batch * plan.accumulation
     for width, height, count in plan.shapes:
         latents = height // model.vae.factor, width // model.vae.factor
-        kinds = account.unet_step(model.unet, *latents, 2, product, config.flash_attention)
+        kinds = account.unet_step(model.unet, *latents, 2, product)
         for name, seconds in kinds.items():
             found[name] = found.get(name, 0.0) + images * count / seen * seconds
-    left = max(0.0, compute - sum(found.values()))
-    return {**found, "everything else": left, "all-reduce": reduce}
+    return found
 
 
 def operations(config: RunConfig, plan: Plan, model: ModelConfig, pixels: tuple[int, int]) -> float:
@@ -151,17 +171,17 @@ def operations(config: RunConfig, plan: Plan, model: ModelConfig, pixels: tuple[
     return unet
 
 
-def allreduce_seconds(size: float, devices: int) -> float:
-    """Of `size` bytes on each device: a ring in a server, rings between servers."""
+def allreduce_seconds(size: float, devices: int, servers: int = 1) -> float:
+    """Of `size` bytes on each device: within a server, then each device's part between servers,
+    whose number of rounds grows as the logarithm (HCCL's H-D_R and NHR, of which it chooses)."""
     if devices == 1:
         return 0.0
-    local = min(devices, DEVICES_PER_SERVER)
+    servers = max(servers, math.ceil(devices / DEVICES_PER_SERVER))
+    local = devices / servers
     seconds = LATENCY_SECONDS + 2 * (local - 1) / local * size / SERVER_BYTES
-    servers = math.ceil(devices / DEVICES_PER_SERVER)
     if servers > 1:
-        # Each device of a server takes its eighth of the vector around the servers.
         part = 2 * (servers - 1) / servers * size / local / NETWORK_BYTES
-        seconds += LATENCY_SECONDS * math.log2(servers) / 3 + part
+        seconds += LATENCY_SECONDS * math.log2(servers) / ROUNDS_IN_SERVER + part
     return seconds
 
 
@@ -213,13 +233,13 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def text(found: list[Estimate]) -> str:
     """A table, and what it is worth."""
     if not found:
-        return "estimate\n  not known: the images are not at hand"
+        return "estimate\n  not known: the images are not at hand, or nothing was published of it"
     rows = [("", "step", "images/s", "training", "memory a device", "all-reduce a step")]
     for one in found:
         room = "" if one.fits else f", of {MEMORY[one.product] / 1e9:.0f} GB: too much"
         rows.append(
             (
-                f"{one.devices} × {one.product}",
+                f"{one.devices} × {one.product}, {one.precision}",
                 f"{1000 * one.step_seconds:.0f} ms",
                 f"{one.images_per_second:.3g}",
                 human_time(3600 * one.hours),

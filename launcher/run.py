@@ -67,7 +67,11 @@ def launch(request: Request, *, as_json: bool = False, worker: str = WORKER) -> 
     if request.dry_run:
         job = prepare(request, datetime.now(timezone.utc), worker)
         _tell(plan_text(job))
-        found = estimate.estimates(job.config, job.plan) if request.estimate else None
+        found = (
+            estimate.estimates(job.config, job.plan, job.product, request.nodes.nnodes)
+            if request.estimate
+            else None
+        )
         print(
             json.dumps(dry_run_json(job, found), indent=2) if as_json else dry_run_text(job, found)
         )

@@ -25,12 +25,12 @@ _ROOMS = ("diffusion", "trainer", "weights")
 class CompiledStep:
     """The step's graphs in a folder; None keeps none.
 
-    `facts` is whatever they follow from beside the source code and MindSpore's version.
+    `facts` is whatever they follow from beside the source code, MindSpore's version and CANN's.
     """
 
     def __init__(self, folder: Path | None, facts: Mapping[str, Any]):
         self.folder = folder
-        self.facts = [ms.__version__, _source_digest(), facts]
+        self.facts = [ms.__version__, _cann(), _source_digest(), facts]
 
     @contextmanager
     def used(self, shape: tuple[int, ...]) -> Iterator[None]:
@@ -54,6 +54,12 @@ class CompiledStep:
             ms.set_context(enable_compile_cache=False)
             if used != path:
                 shutil.rmtree(used, ignore_errors=True)
+
+
+def _cann() -> str | None:
+    """Where CANN is, with links followed: the folder is named after its version."""
+    home = os.environ.get("ASCEND_HOME_PATH")
+    return os.path.realpath(home) if home else None
 
 
 def _source_digest() -> str:

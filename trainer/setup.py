@@ -165,11 +165,14 @@ def _compiled(
     config: RunConfig, plan: Plan, model: ModelConfig, text_in_step: bool, rank_id: int
 ) -> CompiledStep:
     """The compiled step of this rank, with everything that it is made of."""
+    inputs = {"schedule", "warmup_steps"}  # of the step, not of its graph
+    if config.optimizer.text_encoder_learning_rate is None:
+        inputs.add("learning_rate")
     facts = {
         "model": model.model_dump(mode="json"),
         "train": config.train,
         "lora": config.lora.model_dump(mode="json", exclude={"start"}),
-        "optimizer": config.optimizer.model_dump(mode="json"),
+        "optimizer": config.optimizer.model_dump(mode="json", exclude=inputs),
         "gradient_checkpointing": config.gradient_checkpointing,
         "flash_attention": config.flash_attention,
         "text_in_step": text_in_step,
