@@ -32,7 +32,7 @@ def shared(kind: type[nn.Cell], *arguments: object) -> nn.Cell:
 RESHAPE, CAST, TRANSPOSE = ops.Reshape(), ops.Cast(), ops.Transpose()
 _MATMUL, _BIAS_ADD = ops.MatMul(transpose_b=True), ops.BiasAdd()
 _PRODUCT, _SLICE = ops.MatMul(), ops.Slice()
-_SUM, _MEAN, _TILE = ops.ReduceSum(), ops.ReduceMean(), ops.Tile()
+_SUM, _TILE = ops.ReduceSum(), ops.Tile()
 
 
 class Affine(nn.Cell):
