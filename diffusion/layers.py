@@ -395,9 +395,7 @@ class FlashAttention(nn.Cell):
         self.heads = heads
         self.head_width = width // heads
         self.scale = 1 / math.sqrt(self.head_width)
-        more = -self.head_width % 16
-        self.padded_width = self.head_width + more
-        self.pad = ops.Pad(((0, 0), (0, 0), (0, 0), (0, more)))
+        self.pad = ops.Pad(((0, 0), (0, 0), (0, 0), (0, -self.head_width % 16)))
 
     def split(self, x: Tensor) -> Tensor:
         """(batch, tokens, heads·d) → (batch, tokens, heads, d and zeros)."""
@@ -420,8 +418,8 @@ class FlashAttention(nn.Cell):
 def upsample_nearest(x: Tensor) -> Tensor:
     """(batch, channels, h, w) → (batch, channels, 2h, 2w) by repetition.
 
-    Columns by a product with a matrix of ones and zeros, rows by joining: on CPU each takes a tenth
-    of what BroadcastTo does, and of the sum that is its backward pass.
+    Columns by a product with a matrix of ones and zeros, rows by joining: BroadcastTo, and the sum
+    that is its backward pass, take longer on CPU.
     """
     batch, channels, height, width = x.shape
     twice = Tensor(np.repeat(np.eye(width, dtype=np.float32), 2, 1), x.dtype)

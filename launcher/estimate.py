@@ -255,7 +255,9 @@ def text(found: list[Estimate]) -> str:
     for one in found:
         if one.account:
             shares = (f"{name} {1000 * seconds:.0f}" for name, seconds in one.account.items())
-            lines.append(f"  ms of {one.product}, each at the least: {', '.join(shares)}")
+            lines.append(
+                f"  ms of {one.product}, what is counted at the least: {', '.join(shares)}"
+            )
     return "\n".join(
         [
             "estimate, from operations and figures published for another program: no NPU was there "

@@ -356,8 +356,8 @@ class RunConfig(_Strict):
     long."""
 
     flash_attention: bool = False
-    """Attention by the fused operator of Atlas A2 devices (910B and newer), in fp16 or bf16: less
-    time and memory from 512 pixels on. It was compiled, but nobody has run it yet."""
+    """Attention by the fused operator of Atlas A2 devices (910B and newer), in fp16 or bf16: by
+    estimate less time and memory at 512 pixels. It was compiled, but nobody has run it yet."""
 
     seed: int = Field(0, ge=0, lt=2**63)
     """Everything random follows from it."""
