@@ -63,7 +63,7 @@ def ours(size: str) -> tuple[Any, Callable[[str], Any]]:
     import mindspore as ms
 
     from diffusion.lora import inject, lora_parameters
-    from diffusion.models import build, compile_graphs
+    from diffusion.models import build, compile_graphs, transform_convolutions
     from trainer.batches import Batch
     from trainer.config import OptimizerConfig
     from trainer.optimizer import make_optimizer
@@ -71,7 +71,7 @@ def ours(size: str) -> tuple[Any, Callable[[str], Any]]:
 
     compile_graphs()
     ms.set_device("CPU")
-    unet = build(model_of(size), "unet")
+    unet = transform_convolutions(build(model_of(size), "unet"))
     inject(unet, "attention", RANK, float(RANK), 0, None)
     trained = {"unet": lora_parameters(unet)}
     loss = DiffusionLoss(unet, None)

@@ -16,6 +16,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, Normal, Uniform, initializer
+from mindspore.ops.primitive import constexpr
+
+from diffusion import winograd
 
 
 @cache
@@ -69,7 +72,49 @@ class Linear(Affine):
         return self.affine(x)
 
 
-class Conv2d(nn.Cell):
+class Convolving(nn.Cell):
+    """What a convolution and one with an adapter have in common."""
+
+    def convolve(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """The convolution with its bias, in the dtype of x; of x enlarged by repetition to `size`
+        (height, width), if that is given, which is twice its own or one less."""
+        height, width = x.shape[2:] if size is None else size
+        if self.transformed is not None and winograd.worthwhile(
+            x.shape[0], self.in_channels, self.out_channels, height, width
+        ):
+            y = self.winograd(x, self.transformed, height, width)
+        else:
+            if size is not None:
+                x = upsample_nearest(x)
+                if x.shape[2:] != size:
+                    x = x[:, :, :height, :width]
+            y = self.conv(x, CAST(self.weight, x.dtype))
+        if self.bias is not None:
+            y = self.bias_add(y, CAST(self.bias, x.dtype))
+        return y
+
+    @property
+    def is_transformed(self) -> bool:
+        """Has the weight been prepared by `transform`?"""
+        return self.transformed is not None
+
+    def transform(self) -> None:
+        """Prepare the weight for a faster way to convolve, if there is one here; it is not trained
+        from then on. To be called again when it has changed."""
+        fits = (self.kernel, self.stride, self.padding) == (3, 1, 1) and winograd.fits(
+            self.in_channels, self.out_channels
+        )
+        if not (fits and on_cpu() and self.weight.dtype == ms.float32):
+            return
+        self.weight.requires_grad = False
+        kernel = Tensor(winograd.transform(self.weight.asnumpy()))
+        if self.transformed is None:
+            self.transformed = Parameter(kernel, name="transformed", requires_grad=False)
+        else:
+            self.transformed.set_data(kernel)
+
+
+class Conv2d(Convolving):
     """2-D convolution over (batch, channels, height, width); weight (out, in, k, k)."""
 
     def __init__(
@@ -93,14 +138,13 @@ class Conv2d(nn.Cell):
         if bias:
             bound = 1 / math.sqrt(in_channels * kernel * kernel)
             self.bias = Parameter(initializer(Uniform(bound), (out_channels,)))
+        self.transformed = None
         self.conv = ops.Conv2D(out_channels, kernel, pad_mode="pad", pad=padding, stride=stride)
         self.bias_add = ops.BiasAdd()
+        self.winograd = shared(winograd.Winograd)
 
-    def construct(self, x: Tensor) -> Tensor:
-        y = self.conv(x, CAST(self.weight, x.dtype))
-        if self.bias is not None:
-            y = self.bias_add(y, CAST(self.bias, x.dtype))
-        return y
+    def construct(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        return self.convolve(x, size)
 
 
 class Embedding(nn.Cell):
@@ -165,15 +209,20 @@ def batch_norm(eps: float) -> ops.BatchNorm:
     return ops.BatchNorm(is_training=True, epsilon=eps, momentum=0.0)
 
 
+@constexpr
+def constants(count: int, value: float) -> Tensor:
+    """(count,) of this value, float32; part of a graph, and not computed in it."""
+    return Tensor(np.full(count, value, np.float32))
+
+
 def normalised_rows(norm: ops.BatchNorm, rows: Tensor) -> Tensor:
     """(1, rows, height, width), each row less its mean and divided by its deviation."""
-    ones = ops.fill(ms.float32, (rows.shape[1],), 1.0)
-    zeros = ops.fill(ms.float32, (rows.shape[1],), 0.0)
+    ones, zeros = constants(rows.shape[1], 1.0), constants(rows.shape[1], 0.0)
     return norm(rows, ones, zeros, zeros, ones)[0]
 
 
 _EPS = 1e-5
-_ONES, _ZEROS = ops.OnesLike(), ops.ZerosLike()
+_ONES = ops.OnesLike()
 _BATCH_NORM = ops.BatchNorm(is_training=False, epsilon=_EPS)
 
 
@@ -184,7 +233,8 @@ def channel_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     of 16 bytes for each element, for as long as the graph lives: at the size of Stable Diffusion
     tens of gigabytes.
     """
-    return _BATCH_NORM(x, scale, shift, _ZEROS(shift), _ONES(scale) - _EPS)[0]
+    channels = x.shape[1]
+    return _BATCH_NORM(x, scale, shift, constants(channels, 0.0), constants(channels, 1 - _EPS))[0]
 
 
 def row_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -229,7 +279,7 @@ class ChannelAffine(nn.Cell):
     def bprop(
         self, x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dx = channel_affine(dout, scale, _ZEROS(shift))
+        dx = channel_affine(dout, scale, constants(x.shape[1], 0.0))
         return dx, _SUM(dout * x, (0, 2, 3)), _SUM(dout, (0, 2, 3))
 
 
@@ -259,7 +309,8 @@ class AddToChannels(nn.Cell):
     def construct(self, x: Tensor, addend: Tensor) -> Tensor:
         rows = CAST(RESHAPE(x, (x.shape[0] * x.shape[1], -1)), ms.float32)
         addend = CAST(RESHAPE(addend, (-1,)), ms.float32)
-        return CAST(RESHAPE(row_affine(rows, _ONES(addend), addend), x.shape), x.dtype)
+        ones = constants(rows.shape[0], 1.0)
+        return CAST(RESHAPE(row_affine(rows, ones, addend), x.shape), x.dtype)
 
     def bprop(self, x: Tensor, addend: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
         rows = CAST(RESHAPE(dout, (x.shape[0] * x.shape[1], -1)), ms.float32)
@@ -443,6 +494,7 @@ def count_parameters(network: nn.Cell) -> int:
 __all__ = [
     "AddToChannels",
     "Conv2d",
+    "Convolving",
     "Embedding",
     "FlashAttention",
     "GELU",

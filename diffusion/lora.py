@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from diffusion.layers import Affine, Conv2d, Linear, name_parameters
+from diffusion.layers import Affine, Conv2d, Convolving, Linear, name_parameters
 from diffusion.randomness import generator
 from weights.lora import Adapter, target_modules
 
@@ -50,7 +50,7 @@ class LoRALinear(Affine):
         return self.affine(x) + adapted
 
 
-class LoRAConv2d(nn.Cell):
+class LoRAConv2d(Convolving):
     """A frozen convolution with an adapter; `mask` as in LoRALinear.
 
     `down` has the kernel, stride and padding of the layer, `up` is 1×1.
@@ -58,26 +58,32 @@ class LoRAConv2d(nn.Cell):
 
     def __init__(self, layer: Conv2d, rank: int, scale: float, mask: Parameter | None):
         super().__init__()
+        self.in_channels = layer.in_channels
+        self.out_channels = layer.out_channels
+        self.kernel = layer.kernel
+        self.stride = layer.stride
+        self.padding = layer.padding
         self.scale = scale
         self.mask = mask
         self.weight = layer.weight
         self.bias = layer.bias
+        self.transformed = layer.transformed
         self.conv = layer.conv
         self.bias_add = layer.bias_add
+        self.winograd = layer.winograd
         self.lora_down = Conv2d(
             layer.in_channels, rank, layer.kernel, layer.stride, layer.padding, bias=False
         )
         self.lora_up = Conv2d(rank, layer.out_channels, 1, bias=False)
 
-    def construct(self, x: Tensor) -> Tensor:
-        y = self.bias_add(self.conv(x, self.weight.astype(x.dtype)), self.bias.astype(x.dtype))
-        low = self.lora_down(x)
+    def construct(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        low = self.lora_down(x, size)
         if self.mask is not None and self.training:
             low = low * self.mask.expand_dims(-1).expand_dims(-1).astype(low.dtype)
         adapted = self.lora_up(low)
         if self.scale != 1:
             adapted = self.scale * adapted
-        return y + adapted
+        return self.convolve(x, size) + adapted
 
 
 def inject(

@@ -12,7 +12,14 @@ from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
 from diffusion.config import ModelConfig
-from diffusion.layers import FlashAttention, GroupNorm, LayerNorm, shared
+from diffusion.layers import (
+    Convolving,
+    FlashAttention,
+    GroupNorm,
+    LayerNorm,
+    name_parameters,
+    shared,
+)
 from diffusion.recomputed import Recomputed
 from diffusion.text_encoder import CLIPTextModel
 from diffusion.unet import Attention, Transformer2D, UNet2DConditionModel
@@ -89,6 +96,15 @@ def recompute(unet: nn.Cell) -> None:
                 parameter.name = name
 
 
+def transform_convolutions(network: nn.Cell) -> nn.Cell:
+    """Let the convolutions of a network whose own weights are not trained take the fastest way that
+    there is on this device. `set_weights` keeps to it."""
+    for _, cell in network.cells_and_names():
+        if isinstance(cell, Convolving):
+            cell.transform()
+    return name_parameters(network)
+
+
 def use_flash_attention(unet: nn.Cell) -> None:
     """Let the transformer blocks attend by the fused operator of Atlas A2 devices, which MindSpore
     has for half precision alone. What is `upcast` otherwise is then as precise as the operator."""
@@ -103,6 +119,7 @@ def set_weights(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], source
     Raises WeightsError if a name is unknown or a shape differs.
     """
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
+    changed = set()
     for name, tensor in tensors:
         if name not in parameters:
             raise WeightsError(
@@ -115,6 +132,10 @@ def set_weights(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], source
                 "check that base.model fits the weights"
             )
         parameter.set_data(Tensor(tensor, parameter.dtype))
+        changed.add(name)
+    for _, part in cell.cells_and_names():
+        if isinstance(part, Convolving) and part.is_transformed and part.weight.name in changed:
+            part.transform()
 
 
 def in_batches(cell: nn.Cell, rows: np.ndarray, size: int) -> np.ndarray:

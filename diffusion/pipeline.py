@@ -105,7 +105,7 @@ class Pipeline:
         """With the weights of a base, UNet and text encoder in `dtype`; raises WeightsError as
         `models.load`."""
         unet, text_encoder, vae = (
-            models.load(config, base, network, dtype=dtype)
+            models.transform_convolutions(models.load(config, base, network, dtype=dtype))
             for network in ("unet", "text_encoder", "vae")
         )
         return cls(config, unet, text_encoder, vae, alphas_cumprod)

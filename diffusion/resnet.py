@@ -11,7 +11,6 @@ from diffusion.layers import (
     Linear,
     shared,
     silu,
-    upsample_nearest,
 )
 
 
@@ -76,7 +75,7 @@ class Upsample(nn.Cell):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def construct(self, x: Tensor, like: Tensor | None = None) -> Tensor:
-        x = upsample_nearest(x)
-        if like is not None and x.shape[2:] != like.shape[2:]:
-            x = x[:, :, : like.shape[2], : like.shape[3]]
-        return self.conv(x)
+        size = (2 * x.shape[2], 2 * x.shape[3])
+        if like is not None:
+            size = like.shape[2:]
+        return self.conv(x, size)

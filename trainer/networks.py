@@ -32,7 +32,10 @@ def load_network(
     dtype = ms.float32 if network == "vae" else DTYPES[plan.precision]
     if network in config.base.initialise:
         return models.build(model, network)
-    return models.load(model, base, network, config.base.allow_nan, dtype)
+    loaded = models.load(model, base, network, config.base.allow_nan, dtype)
+    if network == "unet" and config.train == "all":
+        return loaded
+    return models.transform_convolutions(loaded)
 
 
 def prepare_trained(

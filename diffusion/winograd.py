@@ -1,0 +1,136 @@
+"""3 × 3 convolutions with less than a third of the multiplications (Winograd's F(4×4, 3×3), as in
+Lavin & Gray, 2016), for frozen weights on CPU.
+
+An image is cut into tiles of 6 × 6 that overlap by two; the product of a transformed tile and the
+transformed kernel, 36 numbers for each pair of channels, is transformed back to 4 × 4 outputs. The
+transforms along one side of an image are a product with a band matrix of its tiles, which also
+makes the padding; so all of it is matrix products and two exchanges of axes.
+
+oneDNN as MindSpore calls it on CPU writes each input nine times over before it multiplies, and is
+two to three times slower where channels are many and images small.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops.primitive import constexpr
+
+OUTPUTS, TILE = 4, 6
+"""Along one side: outputs of a tile, and its inputs."""
+_POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
+"""Where the polynomials are evaluated, beside infinity. With these, rounding in float32 costs
+1.1e-6 of the result's deviation; with the usual 0, ±1, ±2 it is 2.3e-6, summed directly 3e-7."""
+
+
+def _cook_toom() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Aᵀ (4, 6), G (6, 3) and Bᵀ (6, 6), so that Aᵀ((G g) ⊙ (Bᵀ d)) correlates d (6,) with g (3,).
+
+    A product of polynomials, interpolated from its values at the points (Toom, 1963), transposed.
+    """
+    at, g, bt = np.zeros((OUTPUTS, TILE)), np.zeros((TILE, 3)), np.zeros((TILE, TILE))
+    for i, point in enumerate(_POINTS):
+        others = [other for other in _POINTS if other != point]
+        at[:, i] = point ** np.arange(OUTPUTS)
+        g[i] = point ** np.arange(3) / np.prod([point - other for other in others])
+        bt[i, : TILE - 1] = np.polynomial.polynomial.polyfromroots(others)
+    at[-1, -1] = g[-1, -1] = 1
+    bt[-1] = np.polynomial.polynomial.polyfromroots(_POINTS)
+    return at, g, bt
+
+
+_AT, _G, _BT = _cook_toom()
+
+
+def transform(weight: np.ndarray) -> np.ndarray:
+    """A kernel (out, in, 3, 3) as (36, in, out), float32."""
+    kernel = np.einsum("ik,ockl,jl->ijco", _G, weight.astype(np.float64), _G)
+    return kernel.reshape(TILE**2, *kernel.shape[2:]).astype(np.float32)
+
+
+def tiles(length: int) -> int:
+    """Along a side of so many outputs."""
+    return -(-length // OUTPUTS)
+
+
+def input_matrix(length: int, given: int) -> np.ndarray:
+    """(6 · tiles, given) float32: a side of so many cells, repeated to `length` if there are fewer,
+    with one cell of padding at each end, cut into tiles and transformed; rows are ordered by
+    element of the tile."""
+    matrix = np.zeros((TILE, tiles(length), length + 2))
+    for tile in range(tiles(length)):
+        inputs = slice(tile * OUTPUTS, min(tile * OUTPUTS + TILE, length + 2))
+        matrix[:, tile, inputs] = _BT[:, : inputs.stop - inputs.start]
+    repeated = np.eye(given) if given == length else np.repeat(np.eye(given), 2, 0)[:length]
+    return (matrix[:, :, 1:-1] @ repeated).reshape(-1, given).astype(np.float32)
+
+
+def output_matrix(length: int) -> np.ndarray:
+    """(6 · tiles, length) float32: what the tiles' products are multiplied with, transposed."""
+    matrix = np.zeros((TILE, tiles(length), length))
+    for tile in range(tiles(length)):
+        outputs = slice(tile * OUTPUTS, min((tile + 1) * OUTPUTS, length))
+        matrix[:, tile, outputs] = _AT[: outputs.stop - outputs.start].T
+    return matrix.reshape(-1, length).astype(np.float32)
+
+
+@constexpr
+def _input_matrix(length: int, given: int) -> Tensor:
+    return Tensor(input_matrix(length, given))
+
+
+@constexpr
+def _output_matrix(length: int) -> Tensor:
+    return Tensor(output_matrix(length))
+
+
+def fits(channels: int, out: int) -> bool:
+    """May a kernel for so many channels be transformed? It becomes four times as large; above 38 MB
+    it stays as it is."""
+    return min(channels, out) > OUTPUTS and channels * out <= 2**18
+
+
+@constexpr
+def worthwhile(batch: int, channels: int, out: int, height: int, width: int) -> bool:
+    """Is this faster than oneDNN for an output of this size?
+
+    As measured on two cores. The products with band matrices grow with the side; a kernel of 36
+    numbers must be read for each pair of channels, however few the outputs are; and seven operators
+    start instead of one.
+    """
+    outputs = batch * height * width
+    square = min(height, width) >= OUTPUTS and max(height, width) < min(channels, out)
+    return square and outputs >= 128 and outputs * channels * out >= 3 * 2**20
+
+
+class Winograd(nn.Cell):
+    """(batch, in, h, w) and a transformed kernel (36, in, out), float32 → (batch, out, height,
+    width): a convolution of stride 1 with one cell of padding.
+
+    If height and width are larger than h and w, they are 2h and 2w, or one less: the input is then
+    first enlarged to that by repetition.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reshape = ops.Reshape()
+        self.transpose = ops.Transpose()
+        self.into = ops.MatMul(transpose_b=True)
+        self.multiply = ops.BatchMatMul()
+        self.back = ops.MatMul(transpose_a=True)
+
+    def construct(self, x: Tensor, kernel: Tensor, height: int, width: int) -> Tensor:
+        batch, channels, given_height, given_width = x.shape
+        out = kernel.shape[2]
+        down, across = -(-height // OUTPUTS), -(-width // OUTPUTS)
+        # Each product puts the side that it transforms in front, and the next one at the end.
+        v = self.into(_input_matrix(width, given_width), self.reshape(x, (-1, given_width)))
+        v = self.into(_input_matrix(height, given_height), self.reshape(v, (-1, given_height)))
+        v = self.reshape(v, (TILE, down, TILE, across * batch * channels))
+        v = self.reshape(self.transpose(v, (0, 2, 1, 3)), (TILE**2, -1, channels))
+        y = self.multiply(v, kernel)
+        y = self.reshape(y, (TILE, TILE, down, across * batch * out))
+        y = self.reshape(self.transpose(y, (0, 2, 1, 3)), (TILE * down, -1))
+        y = self.back(y, _output_matrix(height))
+        y = self.back(self.reshape(y, (TILE * across, -1)), _output_matrix(width))
+        return self.reshape(y, (batch, out, height, width))
