@@ -36,12 +36,7 @@ class _Both(nn.Cell):
     def construct(
         self, latents: Tensor, timesteps: Tensor, negative: Tensor, positive: Tensor
     ) -> tuple[Tensor, Tensor]:
-        both = self.unet(
-            ops.concat((latents, latents)),
-            ops.concat((timesteps, timesteps)),
-            ops.concat((negative, positive)),
-        )
-        return ops.chunk(both, 2)
+        return ops.chunk(self.unet(latents, timesteps, ops.concat((negative, positive))), 2)
 
 
 @dataclass(frozen=True)

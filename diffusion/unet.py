@@ -28,6 +28,15 @@ RESNET_EPS = 1e-5
 TRANSFORMER_EPS = 1e-6
 
 
+class Spread(nn.Cell):
+    """(rows, …) → (batch, …): x as it is, or all of it as often as the batch has its rows."""
+
+    def construct(self, x: Tensor, batch: int) -> Tensor:
+        if x.shape[0] == batch:
+            return x
+        return ops.concat((x,) * (batch // x.shape[0]))
+
+
 class TimestepEmbedding(nn.Cell):
     """Sinusoids of the timestep (cosines first, in float32), then two linear layers."""
 
@@ -92,10 +101,11 @@ class TransformerBlock(nn.Cell):
         self.attn2 = Attention(width, context_width, heads, upcast)
         self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
+        self.spread = shared(Spread)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
+        x = self.spread(x + self.attn1(normed, normed), context.shape[0])
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -118,6 +128,7 @@ class Transformer2D(nn.Cell):
             [TransformerBlock(channels, config.cross_attention_dim, heads, upcast)]
         )
         self.proj_out = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
+        self.spread = shared(Spread)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -130,10 +141,10 @@ class Transformer2D(nn.Cell):
         hidden = self.transformer_blocks[0](hidden, context)
         if self.linear:
             hidden = self.proj_out(hidden)
-        hidden = RESHAPE(TRANSPOSE(hidden, (0, 2, 1)), x.shape)
+        hidden = RESHAPE(TRANSPOSE(hidden, (0, 2, 1)), (-1, channels, height, width))
         if not self.linear:
             hidden = self.proj_out(hidden)
-        return x + hidden
+        return self.spread(x, hidden.shape[0]) + hidden
 
 
 class DownBlock(nn.Cell):
@@ -159,12 +170,13 @@ class DownBlock(nn.Cell):
         )
         last = level == len(channels) - 1
         self.downsamplers = nn.CellList([] if last else [Downsample(out)])
+        self.spread = shared(Spread)
 
     def construct(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, ...]:
         """The outputs of every layer, in order; the last one goes on."""
         outputs = ()
         for j in range(len(self.resnets)):
-            x = self.resnets[j](x, time)
+            x = self.resnets[j](x, self.spread(time, x.shape[0]))
             if self.has_attention:
                 x = self.attentions[j](x, context)
             outputs = outputs + (x,)
@@ -182,11 +194,12 @@ class MidBlock(nn.Cell):
             [ResnetBlock(channels, channels, time_channels, groups, RESNET_EPS) for _ in range(2)]
         )
         self.attentions = nn.CellList(_transformers(config, -1, 1))
+        self.spread = shared(Spread)
 
     def construct(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.resnets[0](x, time)
+        x = self.resnets[0](x, self.spread(time, x.shape[0]))
         x = self.attentions[0](x, context)
-        return self.resnets[1](x, time)
+        return self.resnets[1](x, self.spread(time, x.shape[0]))
 
 
 class UpBlock(nn.Cell):
@@ -209,14 +222,17 @@ class UpBlock(nn.Cell):
             _transformers(config, level, layers) if self.has_attention else []
         )
         self.upsamplers = nn.CellList([Upsample(out)] if level > 0 else [])
+        self.spread = shared(Spread)
 
     def construct(
         self, x: Tensor, skips: tuple[Tensor, ...], time: Tensor, context: Tensor, like: Tensor
     ) -> Tensor:
         """`skips` in the order in which the down blocks made them; the last is used first. `like`
         has the height and width of what is made."""
+        time = self.spread(time, x.shape[0])
         for j in range(len(self.resnets)):
-            x = self.resnets[j](ops.concat((x, skips[len(skips) - 1 - j]), 1), time)
+            skip = self.spread(skips[len(skips) - 1 - j], x.shape[0])
+            x = self.resnets[j](ops.concat((x, skip), 1), time)
             if self.has_attention:
                 x = self.attentions[j](x, context)
         for upsample in self.upsamplers:
@@ -234,6 +250,10 @@ class UNet2DConditionModel(nn.Cell):
     latents (batch, 4, h, w), timesteps (batch,), encoder_hidden_states (batch, tokens,
     cross_attention_dim) → (batch, 4, h, w), of any h and w. It computes in the dtype of its
     weights, casts its inputs to it and its output to float32.
+
+    There may be several texts for each of the latents, as guidance has: encoder_hidden_states
+    (n · batch, …) → (n · batch, …), as if latents and timesteps were there n times. What comes
+    before the first attention to the text is then computed once.
     """
 
     def __init__(self, config: UNetConfig):

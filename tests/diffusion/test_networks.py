@@ -332,3 +332,18 @@ def assert_same(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
     for expected, found in zip(one, other, strict=True):
         largest = np.abs(expected.asnumpy()).max()
         np.testing.assert_allclose(found.asnumpy(), expected.asnumpy(), rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("attending", [(False, True), (True, False), (False, False)])
+def test_several_texts_for_each_of_the_latents(attending: tuple[bool, bool]) -> None:
+    """As if latents and timesteps were there once for each text, wherever attention begins."""
+    unet = UNet2DConditionModel(UNET.model_copy(update={"cross_attention": attending}))
+    fill(unet)
+    unet.set_train(False)
+    _, latents, timesteps, _ = INPUTS["unet"]
+    text = draw("texts", 6, 7, 16)
+    ours = unet(Tensor(latents), Tensor(timesteps), Tensor(text)).asnumpy()
+    repeated = np.tile(latents, (3, 1, 1, 1)), np.tile(timesteps, 3), text
+    theirs = unet(*map(Tensor, repeated)).asnumpy()
+    assert np.abs(theirs[:2] - theirs[2:4]).max() > 0.01
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
