@@ -44,8 +44,9 @@ _AT, _G, _BT = _cook_toom()
 
 def transform(weight: np.ndarray) -> np.ndarray:
     """A kernel (out, in, 3, 3) as (36, in, out), float32."""
-    kernel = np.einsum("ik,ockl,jl->ijco", _G, weight.astype(np.float64), _G)
-    return kernel.reshape(TILE**2, *kernel.shape[2:]).astype(np.float32)
+    out, channels = weight.shape[:2]
+    kernels = weight.transpose(1, 0, 2, 3).reshape(channels * out, 9).astype(np.float64)
+    return (np.kron(_G, _G) @ kernels.T).reshape(-1, channels, out).astype(np.float32)
 
 
 def tiles(length: int) -> int:

@@ -96,7 +96,9 @@ def test_of_an_enlarged_input(size: tuple[int, int]) -> None:
     transform_convolutions(network)
     for ours, theirs in zip(Gradient(network)(x, weights), direct, strict=True):
         close(ours.asnumpy(), theirs)
-    rows, columns = (np.repeat(np.arange(n), 2)[:length] for n, length in zip((5, 7), size))
+    rows, columns = (
+        np.repeat(np.arange(n), 2)[:length] for n, length in zip((5, 7), size, strict=True)
+    )
     repeated = Tensor(x.asnumpy()[:, :, rows][:, :, :, columns])
     close(network.upsample.conv(repeated).asnumpy(), direct[0])
 

@@ -327,7 +327,9 @@ def drawing(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> pipelin
 @pytest.mark.parametrize("name", list(cases.VAES))
 def test_the_autoencoder(golden: Golden, drawing: pipeline.Pipeline, name: str) -> None:
     """Mean and standard deviation of the latents, and pixels; one with attention, one without."""
-    vae = drawing.vae if name == "emoji" else models.transform_convolutions(fill(AutoencoderKL(cases.VAES[name])))
+    vae = drawing.vae
+    if name != "emoji":
+        vae = models.transform_convolutions(fill(AutoencoderKL(cases.VAES[name])))
     images, latents = cases.images_and_latents(name)
     moments = Encode(vae)(Tensor(images)).asnumpy()
     close(moments[:, :4], golden[f"vae_{name}_mean"])
