@@ -4,7 +4,7 @@ Lavin & Gray, 2016), for frozen weights on CPU.
 An image is cut into tiles of 6 × 6 that overlap by two; the product of a transformed tile and the
 transformed kernel, 36 numbers for each pair of channels, is transformed back to 4 × 4 outputs. The
 transforms along one side of an image are a product with a band matrix of its tiles, which also
-makes the padding; so all of it is matrix products and two exchanges of axes.
+makes the padding; so all of it is five matrix products.
 
 oneDNN as MindSpore calls it on CPU writes each input nine times over before it multiplies, and is
 two to three times slower where channels are many and images small.
@@ -43,9 +43,9 @@ _AT, _G, _BT = _cook_toom()
 
 
 def transform(weight: np.ndarray) -> np.ndarray:
-    """A kernel (out, in, 3, 3) as (36, in, out), float32."""
+    """A kernel (out, in, 3, 3) as (36, in, out), float32; columns of the tile come first."""
     out, channels = weight.shape[:2]
-    kernels = weight.transpose(1, 0, 2, 3).reshape(channels * out, 9).astype(np.float64)
+    kernels = weight.transpose(1, 0, 3, 2).reshape(channels * out, 9).astype(np.float64)
     return (np.kron(_G, _G) @ kernels.T).reshape(-1, channels, out).astype(np.float32)
 
 
@@ -85,6 +85,16 @@ def _output_matrix(length: int) -> Tensor:
     return Tensor(output_matrix(length))
 
 
+@constexpr
+def _input_matrices(length: int, given: int) -> Tensor:
+    return Tensor(np.tile(input_matrix(length, given), (TILE, 1, 1)))
+
+
+@constexpr
+def _output_matrices(length: int) -> Tensor:
+    return Tensor(np.tile(output_matrix(length), (TILE, 1, 1)))
+
+
 def fits(channels: int, out: int) -> bool:
     """May a kernel for so many channels be transformed? It becomes four times as large; above 38 MB
     it stays as it is."""
@@ -96,7 +106,7 @@ def worthwhile(batch: int, channels: int, out: int, height: int, width: int) -> 
     """Is this faster than oneDNN for an output of this size?
 
     As measured on two cores. The products with band matrices grow with the side; a kernel of 36
-    numbers must be read for each pair of channels, however few the outputs are; and seven operators
+    numbers must be read for each pair of channels, however few the outputs are; and five operators
     start instead of one.
     """
     outputs = batch * height * width
@@ -115,23 +125,24 @@ class Winograd(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
         self.reshape = ops.Reshape()
-        self.transpose = ops.Transpose()
-        self.into = ops.MatMul(transpose_b=True)
+        self.across_in = ops.MatMul(transpose_b=True)
+        self.down_in = ops.BatchMatMul(transpose_b=True)
         self.multiply = ops.BatchMatMul()
-        self.back = ops.MatMul(transpose_a=True)
+        self.down_out = ops.BatchMatMul(transpose_a=True)
+        self.across_out = ops.MatMul(transpose_a=True)
 
     def construct(self, x: Tensor, kernel: Tensor, height: int, width: int) -> Tensor:
         batch, channels, given_height, given_width = x.shape
         out = kernel.shape[2]
-        down, across = -(-height // OUTPUTS), -(-width // OUTPUTS)
-        # Each product puts the side that it transforms in front, and the next one at the end.
-        v = self.into(_input_matrix(width, given_width), self.reshape(x, (-1, given_width)))
-        v = self.into(_input_matrix(height, given_height), self.reshape(v, (-1, given_height)))
-        v = self.reshape(v, (TILE, down, TILE, across * batch * channels))
-        v = self.reshape(self.transpose(v, (0, 2, 1, 3)), (TILE**2, -1, channels))
-        y = self.multiply(v, kernel)
-        y = self.reshape(y, (TILE, TILE, down, across * batch * out))
-        y = self.reshape(self.transpose(y, (0, 2, 1, 3)), (TILE * down, -1))
-        y = self.back(y, _output_matrix(height))
-        y = self.back(self.reshape(y, (TILE * across, -1)), _output_matrix(width))
+        across = -(-width // OUTPUTS)
+        # Each product puts the side that it transforms in front, so that no axes are exchanged:
+        # (element across, tile across, batch, in, height), then
+        # (element across, element down, tile down, tile across, batch, in).
+        v = self.across_in(_input_matrix(width, given_width), self.reshape(x, (-1, given_width)))
+        v = self.reshape(v, (TILE, -1, given_height))
+        v = self.down_in(_input_matrices(height, given_height), v)
+        y = self.multiply(self.reshape(v, (TILE**2, -1, channels)), kernel)
+        y = self.reshape(y, (TILE, -1, across * batch * out))
+        y = self.down_out(y, _output_matrices(height))
+        y = self.across_out(self.reshape(y, (TILE * across, -1)), _output_matrix(width))
         return self.reshape(y, (batch, out, height, width))
