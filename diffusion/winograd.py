@@ -111,7 +111,7 @@ def worthwhile(batch: int, channels: int, out: int, height: int, width: int) -> 
     """
     outputs = batch * height * width
     square = min(height, width) >= OUTPUTS and max(height, width) < min(channels, out)
-    return square and outputs >= 128 and outputs * channels * out >= 3 * 2**20
+    return square and outputs >= 128 and outputs * channels * out >= 2**20
 
 
 class Winograd(nn.Cell):
