@@ -59,6 +59,7 @@ def ours(size: str, folder: Path) -> tuple[Any, Callable[[str], Any]]:
         return {name: models.load(config, base, name) for name in names}
 
     networks = load()
+    models.transform_convolutions(networks["vae"], "encoder")
     encode, read = Encode(networks["vae"]), networks["text_encoder"]
     tokenizer = Tokenizer(clip_vocabulary(), config.text_encoder.pad_token_id)
 

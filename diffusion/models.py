@@ -96,11 +96,11 @@ def recompute(unet: nn.Cell) -> None:
                 parameter.name = name
 
 
-def transform_convolutions(network: nn.Cell) -> nn.Cell:
-    """Let the convolutions of a network whose own weights are not trained take the fastest way that
-    there is on this device. `set_weights` keeps to it."""
-    for _, cell in network.cells_and_names():
-        if isinstance(cell, Convolving):
+def transform_convolutions(network: nn.Cell, part: str = "") -> nn.Cell:
+    """Let the convolutions of a network, or of one part of it, take the fastest way that there is
+    on this device; their weights are not trained from then on. `set_weights` keeps to it."""
+    for name, cell in network.cells_and_names():
+        if isinstance(cell, Convolving) and name.startswith(part):
             cell.transform()
     return name_parameters(network)
 

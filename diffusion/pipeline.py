@@ -100,9 +100,11 @@ class Pipeline:
         """With the weights of a base, UNet and text encoder in `dtype`; raises WeightsError as
         `models.load`."""
         unet, text_encoder, vae = (
-            models.transform_convolutions(models.load(config, base, network, dtype=dtype))
+            models.load(config, base, network, dtype=dtype)
             for network in ("unet", "text_encoder", "vae")
         )
+        models.transform_convolutions(unet)
+        models.transform_convolutions(vae, "decoder")
         return cls(config, unet, text_encoder, vae, alphas_cumprod)
 
     def merge_loras(self, loras: Weighted) -> None:

@@ -33,9 +33,9 @@ def load_network(
     if network in config.base.initialise:
         return models.build(model, network)
     loaded = models.load(model, base, network, config.base.allow_nan, dtype)
-    if network == "unet" and config.train == "all":
-        return loaded
-    return models.transform_convolutions(loaded)
+    if network == "unet" and config.train != "all":
+        models.transform_convolutions(loaded)
+    return loaded
 
 
 def prepare_trained(

@@ -13,7 +13,12 @@ from mindspore import Parameter, nn
 
 from diffusion.config import ModelConfig, load_model_config
 from diffusion.lora import lora_masks
-from diffusion.models import in_batches, recompute, use_flash_attention
+from diffusion.models import (
+    in_batches,
+    recompute,
+    transform_convolutions,
+    use_flash_attention,
+)
 from diffusion.pipeline import Pipeline
 from diffusion.tokenizer import Tokenizer, clip_vocabulary
 from trainer.batches import Batch, Draws, Order, Sampling, assemble, training_draws
@@ -70,6 +75,9 @@ def prepare(config: RunConfig, plan: Plan, scan: Scan, group: Group, events: Eve
     def load(network: str) -> nn.Cell:
         return load_network(config, plan, model, base, network)
 
+    def load_vae(part: str) -> nn.Cell:
+        return transform_convolutions(load("vae"), part)
+
     cache = run_cache(config, plan)
     trains_text = config.train == "all" or config.lora.text_encoder
     text_in_step = trains_text or config.data.shuffle_captions or cache is None
@@ -78,11 +86,12 @@ def prepare(config: RunConfig, plan: Plan, scan: Scan, group: Group, events: Eve
 
     latents: Latents
     if cache is None or config.data.crop == "random":
-        latents = EncodedLatents(load("vae"), config.data.masks, model.vae.factor)
+        latents = EncodedLatents(load_vae("encoder"), config.data.masks, model.vae.factor)
     else:
         events.phase("encoding images")
         report = events.cache("images")
-        fill_latents(group, cache, examples, lambda: load("vae"), model.vae.factor, report)
+        encoder, factor = lambda: load_vae("encoder"), model.vae.factor
+        fill_latents(group, cache, examples, encoder, factor, report)
         latents = CachedLatents(cache)
     text: Text
     text_encoder = load("text_encoder") if text_in_step else None
@@ -128,7 +137,7 @@ def prepare(config: RunConfig, plan: Plan, scan: Scan, group: Group, events: Eve
     sampling = _sampling(config, model, len(masks))
     draw = None
     if config.samples is not None:
-        vae = load("vae") if group.rank_id == 0 else None
+        vae = load_vae("decoder") if group.rank_id == 0 else None
         draw = _drawer(config, model, group, unet, text_encoder, vae, text, tokenizer, sampling)
     return Ready(
         model,

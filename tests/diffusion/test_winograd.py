@@ -16,6 +16,7 @@ from diffusion.lora import inject, lora_parameters
 from diffusion.models import compile_graphs, transform_convolutions
 from diffusion.resnet import Upsample
 from diffusion.unet import UNet2DConditionModel
+from diffusion.vae import AutoencoderKL
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -137,6 +138,16 @@ def test_an_adapter_beside_transformed_weights(first: str) -> None:
     assert sum(getattr(cell, "is_transformed", False) for cell in adapted) > 10
     assert all(parameter.requires_grad for parameter in lora_parameters(unets[0]))
     close(*(unet(*inputs).asnumpy() for unet in unets))
+
+
+def test_a_part_of_a_network_keeps_its_names() -> None:
+    config = load_model_config("emoji").vae
+    vae = transform_convolutions(AutoencoderKL(config), "encoder")
+    names = [parameter.name for parameter in vae.get_parameters()]
+    transformed = [name for name in names if name.endswith(".transformed")]
+    assert transformed
+    assert all(name.startswith("encoder.") for name in transformed)
+    assert {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= set(names)
 
 
 def test_what_is_worth_it_and_what_fits() -> None:

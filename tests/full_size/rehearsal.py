@@ -147,6 +147,7 @@ def run(networks: dict[str, Any], config: Any, watch: Watch) -> dict[str, list[f
     from mindspore import Tensor
 
     from diffusion.lora import inject, lora_parameters
+    from diffusion.models import transform_convolutions
     from trainer.batches import Batch
     from trainer.config import OptimizerConfig
     from trainer.data import Encode
@@ -161,8 +162,10 @@ def run(networks: dict[str, Any], config: Any, watch: Watch) -> dict[str, list[f
         outputs[name] = [float(array.mean()), float(array.std()), *map(float, array.shape)]
         return array
 
-    for network in networks.values():
+    for name, network in networks.items():
         network.set_train(False)
+        if name != "text_encoder":
+            transform_convolutions(network)
     ids = np.full((1, 77), config.text_encoder.pad_token_id, np.int32)
     ids[0, :3] = 49406, 320, 49407
     with watch("text encoder"):
