@@ -145,7 +145,8 @@ def test_nothing_outlives_a_launcher_that_is_killed(
     assert child.is_running()
     following = start("refuse", "--devices", "2", config)
     _, err = following.communicate(timeout=START_SECONDS)
-    assert "ended 1 processes that a lora-launch which was killed had left behind" in err
+    words = "ended 1 processes that a lora-launch which was killed had left behind"
+    assert words in err, (child, err)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
