@@ -150,7 +150,7 @@ def test_a_part_of_a_network_keeps_its_names() -> None:
     assert {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= set(names)
 
 
-def test_what_is_worth_it_and_what_fits() -> None:
+def test_what_does_not_fit_stays() -> None:
     """Kernels of few or of very many channels, strided and 1 × 1 ones stay as they are."""
     assert not winograd.fits(4, 320)
     assert not winograd.fits(640, 640)
