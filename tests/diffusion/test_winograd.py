@@ -18,6 +18,8 @@ from diffusion.resnet import Upsample
 from diffusion.unet import UNet2DConditionModel
 from diffusion.vae import AutoencoderKL
 
+RULE = winograd.worthwhile
+
 
 @pytest.fixture(autouse=True, scope="module")
 def always() -> Iterator[None]:
@@ -156,3 +158,20 @@ def test_what_does_not_fit_stays() -> None:
     assert not winograd.fits(640, 640)
     for convolution in (Conv2d(8, 8, 3, stride=2, padding=1), Conv2d(8, 8, 1)):
         assert not transform_convolutions(convolution).is_transformed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "taken"),
+    [
+        ((32, 64, 64, 16, 16), True),
+        ((2, 80, 80, 32, 32), True),
+        ((2, 320, 320, 8, 8), True),
+        ((2, 320, 320, 4, 4), False),
+        ((4, 128, 128, 4, 4), False),
+        ((1, 16, 16, 64, 64), False),
+        ((64, 4, 64, 16, 16), False),
+        ((64, 128, 128, 2, 2), False),
+    ],
+)
+def test_many_outputs_and_short_sides_are_worth_it(sizes: tuple[int, ...], taken: bool) -> None:
+    assert RULE(*sizes) is taken
