@@ -34,7 +34,9 @@ def shared(kind: type[nn.Cell], *arguments: object) -> nn.Cell:
 # branches: of those, MindSpore loses parts when a second gradient is compiled in one process.
 RESHAPE, CAST, TRANSPOSE = ops.Reshape(), ops.Cast(), ops.Transpose()
 _MATMUL, _BIAS_ADD = ops.MatMul(transpose_b=True), ops.BiasAdd()
-_PRODUCT, _SLICE = ops.MatMul(), ops.Slice()
+_PRODUCT, _SLICE, _GATHER = ops.MatMul(), ops.Slice(), ops.Gather()
+_ROWS = ops.BatchMatMul(transpose_a=True, transpose_b=True)
+_COLUMNS, _JOIN = ops.BatchMatMul(transpose_b=True), ops.Concat(0)
 _SUM, _TILE = ops.ReduceSum(), ops.Tile()
 
 
@@ -93,6 +95,32 @@ class Convolving(nn.Cell):
             y = self.bias_add(y, CAST(self.bias, x.dtype))
         return y
 
+    def to_rows(self, x: Tensor) -> Tensor:
+        """The same for a kernel of 1×1, with positions before channels: (batch, h·w, out)."""
+        batch, channels, height, width = x.shape
+        if self.by_products and height * width >= channels:
+            weight = RESHAPE(CAST(self.weight, x.dtype), (1, self.out_channels, channels))
+            y = _ROWS(RESHAPE(x, (batch, channels, -1)), _JOIN((weight,) * batch))
+            y = RESHAPE(y, (-1, self.out_channels))
+            if self.bias is not None:
+                y = _BIAS_ADD(y, CAST(self.bias, x.dtype))
+            return RESHAPE(y, (batch, height * width, self.out_channels))
+        y = RESHAPE(self.construct(x), (batch, self.out_channels, height * width))
+        return TRANSPOSE(y, (0, 2, 1))
+
+    def from_rows(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The same of (batch, h·w, channels), for a kernel of 1×1: (batch, out, height, width)."""
+        batch, positions, channels = x.shape
+        if self.by_products and positions >= channels:
+            weight = RESHAPE(CAST(self.weight, x.dtype), (1, self.out_channels, channels))
+            y = _COLUMNS(_JOIN((weight,) * batch), x)
+            y = RESHAPE(y, (batch, self.out_channels, height, width))
+            if self.bias is not None:
+                y = _BIAS_ADD(y, CAST(self.bias, x.dtype))
+            return y
+        x = RESHAPE(TRANSPOSE(x, (0, 2, 1)), (batch, channels, height, width))
+        return self.construct(x)
+
     @property
     def is_transformed(self) -> bool:
         """Has the weight been prepared by `transform`?"""
@@ -139,6 +167,8 @@ class Conv2d(Convolving):
             bound = 1 / math.sqrt(in_channels * kernel * kernel)
             self.bias = Parameter(initializer(Uniform(bound), (out_channels,)))
         self.transformed = None
+        # A product for each image; a Transpose takes as long on CPU, and see _GatheredExchange.
+        self.by_products = kernel == 1 and on_cpu()
         self.conv = ops.Conv2D(out_channels, kernel, pad_mode="pad", pad=padding, stride=stride)
         self.bias_add = ops.BiasAdd()
         self.winograd = shared(winograd.Winograd)
@@ -411,6 +441,36 @@ class ScaledDotProduct(nn.Cell):
         return CAST(dq, dtype), CAST(dk, dtype), dv
 
 
+class Exchange(nn.Cell):
+    """(batch, n, m, width) → (batch, m, n, width)."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        return TRANSPOSE(x, (0, 2, 1, 3))
+
+
+@constexpr
+def _exchanged(batch: int, n: int, m: int) -> Tensor:
+    """(batch · n · m,) int32: in which order Exchange takes the rows."""
+    rows = np.arange(batch * n * m, dtype=np.int32).reshape(batch, n, m)
+    return Tensor(rows.transpose(0, 2, 1).ravel())
+
+
+class _GatheredExchange(nn.Cell):
+    """The same by rows. On CPU a Transpose goes element by element, four times as slow, and keeps a
+    table of all elements for as long as the graph lives."""
+
+    def exchange(self, x: Tensor) -> Tensor:
+        batch, n, m, width = x.shape
+        rows = _GATHER(RESHAPE(x, (-1, width)), _exchanged(batch, n, m), 0)
+        return RESHAPE(rows, (batch, m, n, width))
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.exchange(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (self.exchange(dout),)
+
+
 class MultiHead(nn.Cell):
     """Splits (batch, tokens, heads·d) into heads, attends, and joins them again."""
 
@@ -420,17 +480,18 @@ class MultiHead(nn.Cell):
         self.heads = heads
         self.head_width = width // heads
         self.attend = shared(ScaledDotProduct, self.head_width, causal, upcast)
+        self.exchange = shared(_GatheredExchange if on_cpu() else Exchange)
 
     def split(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
-        x = RESHAPE(x, (batch, tokens, self.heads, self.head_width))
-        return RESHAPE(TRANSPOSE(x, (0, 2, 1, 3)), (-1, tokens, self.head_width))
+        x = self.exchange(RESHAPE(x, (batch, tokens, self.heads, self.head_width)))
+        return RESHAPE(x, (-1, tokens, self.head_width))
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, tokens, width = q.shape
         out = self.attend(self.split(q), self.split(k), self.split(v))
-        out = RESHAPE(out, (batch, self.heads, tokens, self.head_width))
-        return RESHAPE(TRANSPOSE(out, (0, 2, 1, 3)), (batch, tokens, width))
+        out = self.exchange(RESHAPE(out, (batch, self.heads, tokens, self.head_width)))
+        return RESHAPE(out, (batch, tokens, width))
 
 
 class FlashAttention(nn.Cell):

@@ -68,6 +68,7 @@ class LoRAConv2d(Convolving):
         self.weight = layer.weight
         self.bias = layer.bias
         self.transformed = layer.transformed
+        self.by_products = False
         self.conv = layer.conv
         self.bias_add = layer.bias_add
         self.winograd = layer.winograd
@@ -154,12 +155,13 @@ def _replace(cells: Mapping[str, nn.Cell], module: str, adapted: nn.Cell) -> Non
 
 
 def lora_parameters(network: nn.Cell) -> list[Parameter]:
-    """The adapters' parameters, in the order of the network's modules."""
-    return [
+    """The adapters' parameters, those of one shape side by side, as the optimizer likes them."""
+    found = [
         parameter
         for parameter in network.get_parameters()
         if parameter.name.endswith((".lora_down.weight", ".lora_up.weight"))
     ]
+    return sorted(found, key=lambda parameter: parameter.shape)
 
 
 def lora_masks(network: nn.Cell) -> list[Parameter]:

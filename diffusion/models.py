@@ -138,6 +138,14 @@ def set_weights(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], source
             part.transform()
 
 
+def release(network: nn.Cell) -> None:
+    """Free the weights of a network that is not used again: once it was compiled, MindSpore keeps
+    its parameters until the process ends."""
+    for parameter in network.get_parameters():
+        nothing = np.zeros((1,) * parameter.ndim, np.float32)
+        parameter.set_data(Tensor(nothing, parameter.dtype), slice_shape=True)
+
+
 def in_batches(cell: nn.Cell, rows: np.ndarray, size: int) -> np.ndarray:
     """`cell` on all rows, `size` at a time, the last batch padded, so that it compiles once.
 

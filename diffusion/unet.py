@@ -133,17 +133,14 @@ class Transformer2D(nn.Cell):
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         hidden = self.norm(x)
-        if not self.linear:
-            hidden = self.proj_in(hidden)
-        hidden = TRANSPOSE(RESHAPE(hidden, (batch, channels, height * width)), (0, 2, 1))
         if self.linear:
-            hidden = self.proj_in(hidden)
-        hidden = self.transformer_blocks[0](hidden, context)
-        if self.linear:
-            hidden = self.proj_out(hidden)
-        hidden = RESHAPE(TRANSPOSE(hidden, (0, 2, 1)), (-1, channels, height, width))
-        if not self.linear:
-            hidden = self.proj_out(hidden)
+            hidden = TRANSPOSE(RESHAPE(hidden, (batch, channels, height * width)), (0, 2, 1))
+            hidden = self.transformer_blocks[0](self.proj_in(hidden), context)
+            hidden = TRANSPOSE(self.proj_out(hidden), (0, 2, 1))
+            hidden = RESHAPE(hidden, (-1, channels, height, width))
+        else:
+            hidden = self.transformer_blocks[0](self.proj_in.to_rows(hidden), context)
+            hidden = self.proj_out.from_rows(hidden, height, width)
         return self.spread(x, hidden.shape[0]) + hidden
 
 

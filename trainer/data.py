@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from diffusion.images import read_image, read_mask
-from diffusion.models import in_batches
+from diffusion.models import in_batches, release
 from diffusion.tokenizer import Tokenizer
 from trainer import cache as store
 from trainer.batches import Draws
@@ -18,6 +19,10 @@ from trainer.dataset import Example
 from trainer.distributed import Group
 
 ENCODE_BATCH = 8
+"""Images and captions in a pass, at most."""
+_PASS_PIXELS = 2**17
+"""Of all images in a pass together, if more than one: the memory of a pass stays the process's, and
+at Stable Diffusion's width eight images of 256 × 256 would take more than a training step."""
 Report = Callable[[int, int], None]
 """Called with how much is done and how much there is to do."""
 
@@ -52,9 +57,11 @@ def fill_latents(
     encode = Encode(vae()) if mine else None
     done = 0
     while done < len(mine):
-        part = [e for e in mine[done : done + ENCODE_BATCH] if e.shape == mine[done].shape]
+        shape = mine[done].shape
+        size = max(1, min(ENCODE_BATCH, _PASS_PIXELS // math.prod(shape)))
+        part = [example for example in mine[done : done + size] if example.shape == shape]
         faces = [
-            in_batches(encode, np.stack([_pixels(e, flip) for e in part]), ENCODE_BATCH)
+            in_batches(encode, np.stack([_pixels(e, flip) for e in part]), size)
             for flip in _faces(cache)
         ]
         for row, example in enumerate(part):
@@ -65,6 +72,8 @@ def fill_latents(
             store.write(cache.latents_path(example), np.stack(planes))
         done += len(part)
         report(min(done * group.world_size, len(missing)), len(missing))
+    if encode is not None:
+        release(encode)
     group.wait()
 
 
@@ -86,6 +95,8 @@ def fill_text(
         for caption, state in zip(part, states, strict=True):
             store.write(cache.text_path(caption), state)
         report(min((start + len(part)) * group.world_size, len(missing)), len(missing))
+    if encoder is not None:
+        release(encoder)
     group.wait()
 
 

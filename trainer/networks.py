@@ -47,7 +47,10 @@ def prepare_trained(
     frozen. Raises DataError or WeightsError if the LoRA to start from is another one.
     """
     if config.train == "all":
-        return {name: network.trainable_params() for name, network in networks.items()}
+        return {
+            name: sorted(network.trainable_params(), key=lambda parameter: parameter.shape)
+            for name, network in networks.items()
+        }
     lora = config.lora
     batch = plan.micro_batch if lora.dropout else None
     found = {}

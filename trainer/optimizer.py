@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
@@ -11,13 +12,13 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from trainer.config import OptimizerConfig
 
 _SLICE, _RESHAPE, _SUM = ops.Slice(), ops.Reshape(), ops.ReduceSum()
+_STACK = ops.Stack(0)
+_DIVIDE = ops.RealDiv()  # on CPU `/` keeps tables of all elements
 _EACH = ops.HyperMap()  # a loop takes a hundredth of a second to compile, for each time around
 
 
-def _put(weights: Tensor, parameter: Parameter, start: int) -> Tensor:
-    """Store in a parameter its part of the flat weights."""
-    part = _SLICE(weights, (start,), (parameter.size,))
-    return ops.assign(parameter, _RESHAPE(part, parameter.shape))
+def _put(parameter: Parameter, value: Tensor) -> Tensor:
+    return ops.assign(parameter, value)
 
 
 class Optimizer(nn.Cell):
@@ -25,7 +26,8 @@ class Optimizer(nn.Cell):
 
     All trained parameters are seen as one float32 vector, in the order given, so that a gradient
     is one vector to all-reduce, its norm one sum, and the update a handful of operators whatever
-    the number of tensors.
+    the number of tensors. It is cut into parameters again by few operators if those of one shape
+    lie side by side.
 
     `construct(gradient, learning_rate, ema_decay)` updates the parameters in place and returns
     (norm of the gradient before clipping, 1 or 0, learning rate in effect). A gradient that is
@@ -38,8 +40,10 @@ class Optimizer(nn.Cell):
         # graph that is read from disk finds by their names only the parameters of its cell.
         self.trained = ParameterTuple(parameters)
         self.sizes = [math.prod(parameter.shape) for parameter in parameters]
-        self.starts = tuple(sum(self.sizes[:i]) for i in range(len(self.sizes)))
         self.size = sum(self.sizes)
+        runs = [(shape, len(list(run))) for shape, run in groupby(p.shape for p in parameters)]
+        self.stacks = tuple((count, *shape) for shape, count in runs)
+        self.unstack = [ops.Unstack(0, count) for _, count in runs]
         self.betas = options.betas
         self.eps = options.eps
         self.weight_decay = options.weight_decay
@@ -95,10 +99,23 @@ class Optimizer(nn.Cell):
         ops.assign(self.corrections, ops.stack((correction1, correction2)))
         return correction1, correction2
 
+    def read(self) -> Tensor:
+        """The weights as one vector."""
+        parts, first = (), 0
+        for stack in self.stacks:
+            parts += (_RESHAPE(_STACK(self.trained[first : first + stack[0]]), (-1,)),)
+            first += stack[0]
+        return ops.concat(parts)
+
     def write(self, weights: Tensor, share: Tensor) -> None:
         """Store the new weights, and `share` of them in their average."""
         ops.assign(self.average, (1 - share) * self.average + share * weights)
-        _EACH(ops.partial(_put, weights), self.trained, self.starts)
+        values, start = (), 0
+        for stack, unstack in zip(self.stacks, self.unstack):
+            size = math.prod(stack)
+            values += unstack(_RESHAPE(_SLICE(weights, (start,), (size,)), stack))
+            start += size
+        _EACH(_put, self.trained, values)
 
 
 class AdamW(Optimizer):
@@ -124,9 +141,10 @@ class AdamW(Optimizer):
         correction1, correction2 = self.corrected(share1, share2)
         # The first updates may all have been left out: then there is nothing to divide by.
         none = 1 - keep
-        direction = moment1 / (correction1 + none)
-        direction = direction / (ops.sqrt(moment2 / (correction2 + none)) + self.eps)
-        weights = flatten(self.trained)
+        direction = _DIVIDE(moment1, correction1 + none)
+        size = ops.sqrt(_DIVIDE(moment2, correction2 + none)) + self.eps
+        direction = _DIVIDE(direction, size)
+        weights = self.read()
         change = keep * learning_rate * (direction + self.weight_decay * weights)
         if self.rates is not None:
             change = change * self.rates
@@ -162,7 +180,7 @@ class Prodigy(Optimizer):
         share1, share2 = keep * (1 - self.betas[0]), keep * (1 - self.betas[1])
         share3 = keep * (1 - self.beta3)
         correction1, correction2 = self.corrected(share1, share2)
-        d, weights = self.estimate[0], flatten(self.trained)
+        d, weights = self.estimate[0], self.read()
         rate = keep * d * learning_rate * ops.sqrt(correction2) / (correction1 + 1 - keep)
         relative = d / self.FIRST
         along = _SUM(gradient * (self.start - weights))
@@ -173,7 +191,7 @@ class Prodigy(Optimizer):
         new_d = ops.maximum(d, found)
         moment1 = (1 - share1) * self.moment1 + share1 * d * gradient
         moment2 = (1 - share2) * self.moment2 + share2 * d * d * gradient * gradient
-        direction = moment1 / (ops.sqrt(moment2) + new_d * self.eps)
+        direction = _DIVIDE(moment1, ops.sqrt(moment2) + new_d * self.eps)
         weights = weights - rate * (direction + self.weight_decay * weights)
         ops.assign(self.moment1, moment1)
         ops.assign(self.moment2, moment2)

@@ -17,6 +17,7 @@ from trainer.batches import Batch
 from trainer.optimizer import Optimizer, flatten
 
 _MEAN, _SLICE = ops.ReduceMean(), ops.Slice()  # slices in brackets take seconds to compile
+_DIVIDE = ops.RealDiv()  # on CPU `/` keeps tables of all elements
 FIRST_SCALE = 65536.0
 GROW_AFTER = 2000
 """The loss scale doubles after so many steps without overflow, and halves at each overflow."""
@@ -111,7 +112,7 @@ class Update(nn.Cell):
             vector = self.all_reduce(vector)
         gradient, loss = _SLICE(vector, (0,), (size,)), vector[size]
         count = self.micro_batches * scale
-        norm, applied, rate = self.optimizer(gradient / count, scalars[0], scalars[1])
+        norm, applied, rate = self.optimizer(_DIVIDE(gradient, count), scalars[0], scalars[1])
         # Overflow: half the scale, and count anew; long enough without: double, and count anew.
         good = applied * (self.scaling[1] + 1)
         grown = (good >= GROW_AFTER).astype(good.dtype)

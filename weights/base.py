@@ -112,7 +112,7 @@ class Network:
                     "are NaN or infinite; use another copy, or allow them if you know better "
                     "(base.allow_nan in a run, --allow-nan in a command)"
                 )
-            yield name, array.astype(dtype)
+            yield name, array.astype(dtype, copy=False)
 
 
 @dataclass(frozen=True)

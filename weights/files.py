@@ -10,13 +10,11 @@ import errno
 import hashlib
 import json
 import math
-import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -83,15 +81,11 @@ class TensorFile:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
 
-    @cached_property
-    def _bytes(self) -> mmap.mmap:
-        with open(self.path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
     def read(self, name: str) -> np.ndarray:
-        """One tensor in the file's dtype, bfloat16 widened to float32; a read-only view if it can.
+        """One tensor in the file's dtype, bfloat16 widened to float32.
 
-        Raises WeightsError for a dtype that is not a number's.
+        The file is not mapped: that would count as memory of the process, whole, and be slower.
+        Raises WeightsError for a dtype that is not a number's, or if the file has become shorter.
         """
         entry = self.entries[name]
         size = itemsize(entry.dtype)
@@ -109,10 +103,12 @@ class TensorFile:
         if not entry.nbytes:
             return np.zeros(entry.shape, np.float32 if entry.dtype == "bfloat16" else dtype)
         parts = [
-            np.frombuffer(self._bytes, dtype, length // size, offset)
+            np.fromfile(self.path, dtype, length // size, offset=offset)
             for offset, length in entry.pieces
         ]
         flat = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if flat.nbytes != entry.nbytes:
+            raise WeightsError(f"{self.path}: the file has become shorter; copy it again")
         if entry.dtype == "bfloat16":
             flat = (flat.astype(np.uint32) << 16).view(np.float32)
         return flat.reshape(entry.shape)

@@ -176,7 +176,7 @@ def test_an_adapter_in_the_weights_is_the_same_as_one_beside_them(trial: Trial) 
 def test_the_gradient_is_the_slope_of_the_loss(trial: Trial) -> None:
     """Along random directions, one for each kind of layer, by central differences."""
     _, _, gradient = trial()
-    parameters = lora_parameters(trial.network)
+    parameters = trial.network.trainable_params()
     before = {p.name: p.asnumpy().copy() for p in parameters}
     parts = np.split(gradient, np.cumsum([p.size for p in parameters])[:-1])
     slopes = {p.name: part.reshape(p.shape) for p, part in zip(parameters, parts, strict=True)}
