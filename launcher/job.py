@@ -121,11 +121,11 @@ def prepare(request: Request, now: datetime, worker: str = WORKER) -> Job:
     if request.resume is not None:
         plan = _resumed(plan, config, request.resume, request.accept_changes)
     start_file, parent = _lora_start(config)
-    plan = replace(plan, lora_start=start_file)
-    if product == "910A" and plan.precision == "fp16":
+    plan = replace(plan, lora_start=start_file, product=product)
+    if product == "910A" and plan.precision != "fp32":
         raise LaunchError(
-            "precision: expected fp32 on a 910A, whose numbers do not become infinite where they "
-            "overflow, found fp16; use --set precision=fp32"
+            "precision: expected fp32 on a 910A, which has no bfloat16 and whose float16 does not "
+            f"become infinite where it overflows, found {plan.precision}; use --set precision=fp32"
         )
     _check_output(config)
     _check_registry(config)

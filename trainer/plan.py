@@ -67,6 +67,8 @@ class Plan:
     """Bytes of gradient, loss and stop that one device puts into the all-reduce of one step."""
     learning_rate: float
     schedule: str
+    product: str | None = None
+    """"910A", "A2" or "A3", if the devices are known to be that."""
     lora_start: str | None = None
     """The LoRA file to go on from."""
     start_step: int = 0

@@ -187,6 +187,7 @@ def _compiled(
         "text_in_step": text_in_step,
         "precision": plan.precision,
         "device_target": plan.device_target,
+        "product": plan.product,
         "split": [plan.devices, plan.micro_batch, plan.accumulation],
         "rank_id": rank_id,
     }

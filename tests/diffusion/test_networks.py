@@ -13,11 +13,14 @@ from mindspore.nn.utils import no_init_parameters
 from diffusion import models
 from diffusion.config import ModelConfig, TextEncoderConfig, UNetConfig, load_model_config
 from diffusion.layers import (
+    Conv2d,
+    Exchange,
     GroupNorm,
     LayerNorm,
     ScaledDotProduct,
     _BatchedLayerNorm,
     _FusedGroupNorm,
+    _GatheredExchange,
     _GroupNorm,
     _LayerNorm,
 )
@@ -347,3 +350,67 @@ def test_several_texts_for_each_of_the_latents(attending: tuple[bool, bool]) -> 
     theirs = unet(*map(Tensor, repeated)).asnumpy()
     assert np.abs(theirs[:2] - theirs[2:4]).max() > 0.01
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+class Pulled(nn.Cell):
+    """A function's output and the gradient of its product with `weights`, by its input."""
+
+    def __init__(self, function: nn.Cell):
+        super().__init__()
+        self.function = function
+        self.gradient = ops.GradOperation(sens_param=True)
+
+    def construct(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return self.function(x), self.gradient(self.function)(x, weights)
+
+
+def test_exchanging_by_rows_is_a_transpose() -> None:
+    x, weights = draw("x", 2, 3, 5, 4), draw("weights", 2, 3, 5, 4)
+    found = Pulled(_GatheredExchange())(Tensor(x), Tensor(weights.reshape(2, 5, 3, 4)))
+    usual = Pulled(Exchange())(Tensor(x), Tensor(weights.reshape(2, 5, 3, 4)))
+    np.testing.assert_array_equal(found[0].asnumpy(), x.transpose(0, 2, 1, 3))
+    for one, other in zip(found, usual, strict=True):
+        np.testing.assert_array_equal(one.asnumpy(), other.asnumpy())
+
+
+class ToRows(nn.Cell):
+    def __init__(self, layer: Conv2d):
+        super().__init__()
+        self.layer = layer
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.layer.to_rows(x)
+
+
+class FromRows(ToRows):
+    def construct(self, x: Tensor) -> Tensor:
+        return self.layer.from_rows(x, 4, 6)
+
+
+@pytest.mark.parametrize("channels", [5, 40])
+def test_a_pointwise_convolution_of_rows_is_the_same(channels: int) -> None:
+    """With more positions than channels, and with fewer."""
+    layer = Conv2d(channels, 7, 1)
+    weight, bias = layer.weight.asnumpy().reshape(7, channels), draw("bias", 7)
+    layer.bias.set_data(Tensor(bias))
+    x, weights = draw("x", 3, channels, 4, 6), draw("weights", 3, 24, 7)
+    rows = x.reshape(3, channels, 24).transpose(0, 2, 1)
+    expected = rows @ weight.T + bias
+
+    found, gradient = Pulled(ToRows(layer))(Tensor(x), Tensor(weights))
+    np.testing.assert_allclose(found.asnumpy(), expected, atol=1e-5)
+    back = (weights @ weight).transpose(0, 2, 1).reshape(x.shape)
+    np.testing.assert_allclose(gradient.asnumpy(), back, atol=1e-5)
+
+    images = weights.transpose(0, 2, 1).reshape(3, 7, 4, 6)
+    found, gradient = Pulled(FromRows(layer))(Tensor(rows), Tensor(images))
+    planes = expected.transpose(0, 2, 1).reshape(3, 7, 4, 6)
+    np.testing.assert_allclose(found.asnumpy(), planes, atol=1e-5)
+    np.testing.assert_allclose(gradient.asnumpy(), weights @ weight, atol=1e-5)
+
+
+def test_a_network_that_is_released_has_given_its_weights_back() -> None:
+    network = CLIPTextModel(TEXT)
+    network(Tensor(np.zeros((1, 4), np.int32)))
+    models.release(network)
+    assert {parameter.size for parameter in network.get_parameters()} == {1}

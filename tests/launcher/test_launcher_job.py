@@ -89,7 +89,11 @@ def test_several_npus_get_a_rank_table(config: Path, npus: Path) -> None:
     [
         (Request(None, devices="2-5", product="910A"), "choose 0-3 or 4-7"),
         (Request(None, devices="3", product="910A"), "expected 1, 2, 4 or 8 devices"),
-        (Request(None, devices="4", product="910A"), "precision: expected fp32 on a 910A"),
+        (Request(None, devices="4", product="910A"), "expected fp32 on a 910A.*found fp16"),
+        (
+            Request(None, devices="4", product="910A", overrides=("precision=bf16",)),
+            "expected fp32 on a 910A.*found bf16",
+        ),
     ],
 )
 def test_devices_that_a_product_cannot_use(

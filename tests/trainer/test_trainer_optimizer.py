@@ -106,6 +106,22 @@ def test_what_is_restored_goes_on_to_the_bit(name: str) -> None:
         np.testing.assert_array_equal(vector, other.vectors()[key], key)
 
 
+def test_parameters_of_all_shapes_get_their_own_parts_back() -> None:
+    """Side by side or not, alone or many, matrices or vectors."""
+    shapes = [(2, 3), (2, 3), (2, 3), (3, 2), (6,), (6,), (2, 3)]
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    values = np.split(np.linspace(-1, 1, sum(sizes)), np.cumsum(sizes)[:-1])
+    trained = [
+        Parameter(Tensor(value.reshape(shape), ms.float32), name=f"part{i}")
+        for i, (value, shape) in enumerate(zip(values, shapes, strict=True))
+    ]
+    optimizer = AdamW(trained, OptimizerConfig(weight_decay=0.5, max_grad_norm=1e9))
+    update(optimizer, np.zeros(sum(sizes)), 0.5)
+    for parameter, value, shape in zip(trained, values, shapes, strict=True):
+        found = parameter.asnumpy()
+        np.testing.assert_allclose(found, 0.75 * value.reshape(shape), rtol=1e-6, atol=1e-7)
+
+
 def test_up_matrices_and_the_text_encoder_have_rates_of_their_own() -> None:
     options = OptimizerConfig(
         learning_rate=1e-2, text_encoder_learning_rate=5e-3, lora_plus_ratio=4, weight_decay=0

@@ -99,6 +99,14 @@ def test_a_truncated_safetensors(read: Read, keep: float, tmp_path: Path) -> Non
     )
 
 
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(made.safetensors_bytes(ONE))
+    opened = open_tensors(path)
+    os.truncate(path, path.stat().st_size - 1)
+    says(lambda: opened.read("a"), path, "has become shorter", "copy it again")
+
+
 @reader
 def test_a_truncated_ckpt(read: Read, tmp_path: Path) -> None:
     content = made.ckpt_bytes(made.mindone("emoji"))

@@ -1,4 +1,4 @@
-"""Memory: a base costs no more than its file and its networks, whatever the form."""
+"""Memory: a base costs no more than its networks, whatever the form."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ print(status("VmHWM:") - before, 4 * sum(sizes))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("form", ["MindONE", "original", "diffusers"])
-def test_loading_takes_no_more_than_the_file_and_the_networks(form: str, tmp_path: Path) -> None:
+def test_loading_takes_little_more_than_the_networks(form: str, tmp_path: Path) -> None:
     found = {
         network: {name: np.full(shape, 0.01, np.float32) for name, shape in shapes.items()}
         for network, shapes in made.shapes(WIDE).items()
@@ -79,4 +79,4 @@ def test_loading_takes_no_more_than_the_file_and_the_networks(form: str, tmp_pat
     peak, networks = map(int, done.stdout.split())
     print(f"{form}: {size / 1e6:.0f} MB, networks {networks / 1e6:.0f} MB, {peak / 1e6:.0f} MB")
     assert networks > 150e6
-    assert peak <= 1.3 * size + networks
+    assert peak <= 1.25 * networks
