@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -94,12 +93,11 @@ def worker(rank: int) -> None:
             if number >= 2:
                 times[name].append(time.monotonic() - begun)
     if get_rank() == 0:
-        medians = {name: statistics.median(found) for name, found in times.items()}
-        print(json.dumps({**medians, "bytes": 4 * vector.size}), flush=True)
+        print(json.dumps({**times, "bytes": 4 * vector.size}), flush=True)
 
 
-def measured(workers: int, rank: int, folder: Path) -> dict[str, float]:
-    """What rank 0 says."""
+def measured(workers: int, rank: int, folder: Path) -> dict[str, Any]:
+    """What rank 0 says: seconds of each round by way, and the bytes."""
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -148,10 +146,10 @@ def main() -> None:
                 found = measured(workers, rank, Path(name))
                 size = f"rank {rank}, {found['bytes'] / 1e6:.1f} MB, {workers} workers"
                 figures += [
-                    turns.Figure(
+                    turns.figure(
                         f"sync, {size}", found["flat"], found["bare"], "s", "bare all-reduce", 1.1
                     ),
-                    turns.Figure(
+                    turns.figure(
                         f"sync, {size}, with joining", found["joined"], found["each"], "s", "each"
                     ),
                 ]

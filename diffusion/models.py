@@ -116,6 +116,7 @@ def use_flash_attention(unet: nn.Cell) -> None:
 def set_weights(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], source: str) -> None:
     """Put arrays into the parameters of these names, in the parameters' dtypes.
 
+    An array of that dtype becomes the parameter's memory, and is not to be changed from then on.
     Raises WeightsError if a name is unknown or a shape differs.
     """
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
@@ -131,7 +132,10 @@ def set_weights(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], source
                 f"{source}: {name} is {tensor.shape}, the model expects {tuple(parameter.shape)}; "
                 "check that base.model fits the weights"
             )
-        parameter.set_data(Tensor(tensor, parameter.dtype))
+        value = ms.from_numpy(tensor)
+        if value.dtype != parameter.dtype:
+            value = Tensor(tensor, parameter.dtype)
+        parameter.set_data(value)
         changed.add(name)
     for _, part in cell.cells_and_names():
         if isinstance(part, Convolving) and part.is_transformed and part.weight.name in changed:

@@ -84,7 +84,7 @@ class Source:
             return array
         index, number = self.piece
         rows = array.shape[0] // number
-        return array[index * rows : (index + 1) * rows]
+        return array[index * rows : (index + 1) * rows].copy()  # the rest need not stay in memory
 
 
 @dataclass(frozen=True)
