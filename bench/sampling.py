@@ -23,8 +23,9 @@ from bench import turns
 from bench.whole_job import BASE, make_base
 
 PIXELS = {"small": 64, "quarter": 256, "full": 256}
-STEPS, SCALE, PICTURES = 20, 4.0, 8
-"""The last: of a round, at least; a pass is not cut."""
+STEPS, SCALE = 20, 4.0
+PICTURES = {64: 8, 256: 1}
+"""Of a round by their width, at least; a pass is not cut."""
 PROMPT = "ink emoji of penguin"
 
 
@@ -48,7 +49,7 @@ def ours(folder: Path, pixels: int) -> tuple[Any, Callable[[str], Any]]:
         both = [np.stack([text] * batch) for text in texts]
         pipeline.pixels(pipeline.latents(*both, range(batch), settings))
 
-    return {}, timed(draw)
+    return {}, timed(draw, PICTURES[pixels])
 
 
 def theirs(folder: Path, pixels: int) -> tuple[Any, Callable[[str], Any]]:
@@ -87,10 +88,10 @@ def theirs(folder: Path, pixels: int) -> tuple[Any, Callable[[str], Any]]:
         pictures = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
         (pictures / 2 + 0.5).clamp(0, 1).numpy()
 
-    return {}, timed(draw)
+    return {}, timed(draw, PICTURES[pixels])
 
 
-def timed(draw: Callable[[int], None]) -> Callable[[str], Any]:
+def timed(draw: Callable[[int], None], pictures: int) -> Callable[[str], Any]:
     """Seconds a picture, of some passes of so many."""
     warm: set[int] = set()
 
@@ -99,7 +100,7 @@ def timed(draw: Callable[[int], None]) -> Callable[[str], Any]:
         if batch not in warm:
             draw(batch)
             warm.add(batch)
-        passes = max(1, PICTURES // batch)
+        passes = max(1, pictures // batch)
         begun = time.monotonic()
         for _ in range(passes):
             draw(batch)
