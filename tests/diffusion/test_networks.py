@@ -29,6 +29,7 @@ from diffusion.models import compile_graphs
 from diffusion.randomness import generator
 from diffusion.text_encoder import CLIPTextModel
 from diffusion.unet import UNet2DConditionModel
+from tests.diffusion.pulled import Pulled
 from weights.lora import merge
 
 UNET = UNetConfig(
@@ -350,18 +351,6 @@ def test_several_texts_for_each_of_the_latents(attending: tuple[bool, bool]) -> 
     theirs = unet(*map(Tensor, repeated)).asnumpy()
     assert np.abs(theirs[:2] - theirs[2:4]).max() > 0.01
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
-
-
-class Pulled(nn.Cell):
-    """A function's output and the gradient of its product with `weights`, by its input."""
-
-    def __init__(self, function: nn.Cell):
-        super().__init__()
-        self.function = function
-        self.gradient = ops.GradOperation(sens_param=True)
-
-    def construct(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return self.function(x), self.gradient(self.function)(x, weights)
 
 
 def test_exchanging_by_rows_is_a_transpose() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 from mindspore.ops.primitive import constexpr
 
 from diffusion import models, winograd
@@ -17,6 +17,7 @@ from diffusion.models import compile_graphs, transform_convolutions
 from diffusion.resnet import Upsample
 from diffusion.unet import UNet2DConditionModel
 from diffusion.vae import AutoencoderKL
+from tests.diffusion.pulled import Pulled
 
 RULE = winograd.worthwhile
 
@@ -37,18 +38,6 @@ def normal(*shape: int) -> np.ndarray:
 def close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None:
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
-
-
-class Gradient(nn.Cell):
-    """A network's output, and the gradient of its product with `weights` by its input."""
-
-    def __init__(self, network: nn.Cell):
-        super().__init__()
-        self.network = network
-        self.gradient = ops.GradOperation(sens_param=True)
-
-    def construct(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return self.network(x), self.gradient(self.network)(x, weights)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 13])
@@ -73,10 +62,10 @@ def test_as_the_direct_convolution(
     convolution = name_parameters(Conv2d(channels, out, 3, padding=1))
     x, weights = normal(batch, channels, height, width), normal(batch, out, height, width)
     inputs = (Tensor(x), Tensor(weights))
-    direct = [found.asnumpy() for found in Gradient(convolution)(*inputs)]
+    direct = [found.asnumpy() for found in Pulled(convolution)(*inputs)]
     transform_convolutions(convolution)
     assert convolution.is_transformed
-    for ours, theirs in zip(Gradient(convolution)(*inputs), direct, strict=True):
+    for ours, theirs in zip(Pulled(convolution)(*inputs), direct, strict=True):
         close(ours.asnumpy(), theirs)
 
 
@@ -95,9 +84,9 @@ def test_of_an_enlarged_input(size: tuple[int, int]) -> None:
     like = Tensor(normal(1, 1, *size))
     x, weights = Tensor(normal(2, 12, 5, 7)), Tensor(normal(2, 12, *size))
     network = name_parameters(Enlarged())
-    direct = [found.asnumpy() for found in Gradient(network)(x, weights)]
+    direct = [found.asnumpy() for found in Pulled(network)(x, weights)]
     transform_convolutions(network)
-    for ours, theirs in zip(Gradient(network)(x, weights), direct, strict=True):
+    for ours, theirs in zip(Pulled(network)(x, weights), direct, strict=True):
         close(ours.asnumpy(), theirs)
     rows, columns = (
         np.repeat(np.arange(n), 2)[:length] for n, length in zip((5, 7), size, strict=True)
