@@ -14,7 +14,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from diffusion.layers import Affine, Conv2d, Convolving, Linear, name_parameters
+from diffusion.convolution import Conv2d, Convolving
+from diffusion.layers import Affine, Linear, name_parameters
 from diffusion.randomness import generator
 from weights.lora import Adapter, target_modules
 

@@ -11,15 +11,10 @@ import numpy as np
 from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
+from diffusion.attention import FlashAttention
 from diffusion.config import ModelConfig
-from diffusion.layers import (
-    Convolving,
-    FlashAttention,
-    GroupNorm,
-    LayerNorm,
-    name_parameters,
-    shared,
-)
+from diffusion.convolution import Convolving
+from diffusion.layers import GroupNorm, LayerNorm, name_parameters, shared
 from diffusion.recomputed import Recomputed
 from diffusion.text_encoder import CLIPTextModel
 from diffusion.unet import Attention, Transformer2D, UNet2DConditionModel

@@ -12,6 +12,7 @@ from mindspore import Tensor, nn, ops
 
 from diffusion import models
 from diffusion.config import ModelConfig
+from diffusion.layers import Network
 from diffusion.lora import attach, set_attached
 from diffusion.models import evaluating
 from diffusion.prompts import chunks, weighted
@@ -26,7 +27,7 @@ Weighted = Sequence[tuple[Adapters, float]]
 """LoRAs, each with its strength."""
 
 
-class _Both(nn.Cell):
+class _Both(Network):
     """The UNet without and with the text, in one batched pass."""
 
     def __init__(self, unet: nn.Cell):

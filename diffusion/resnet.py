@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn
 
-from diffusion.layers import (
-    AddToChannels,
-    Conv2d,
-    GroupNorm,
-    Linear,
-    shared,
-    silu,
-)
+from diffusion.convolution import Conv2d
+from diffusion.layers import AddToChannels, GroupNorm, Linear, shared, silu
 
 
 class ResnetBlock(nn.Cell):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn
 
+from diffusion.attention import MultiHead
 from diffusion.config import TextEncoderConfig
 from diffusion.layers import (
     GELU,
     Embedding,
     LayerNorm,
     Linear,
-    MultiHead,
+    Network,
     name_parameters,
     quick_gelu,
     shared,
@@ -88,7 +89,7 @@ class TextModel(nn.Cell):
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))
 
 
-class CLIPTextModel(nn.Cell):
+class CLIPTextModel(Network):
     """Token ids (batch, tokens) int32 → hidden states (batch, tokens, hidden_size), float32.
 
     It computes in the dtype of its embeddings.

@@ -8,16 +8,17 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from diffusion.attention import MultiHead
 from diffusion.config import UNetConfig
+from diffusion.convolution import Conv2d
 from diffusion.layers import (
     RESHAPE,
     TRANSPOSE,
-    Conv2d,
     GatedGELU,
     GroupNorm,
     LayerNorm,
     Linear,
-    MultiHead,
+    Network,
     name_parameters,
     shared,
     silu,
@@ -241,7 +242,7 @@ def _transformers(config: UNetConfig, level: int, count: int) -> list[Transforme
     return [Transformer2D(config, level) for _ in range(count)]
 
 
-class UNet2DConditionModel(nn.Cell):
+class UNet2DConditionModel(Network):
     """Predicts ε or v from noisy latents, a timestep and the text.
 
     latents (batch, 4, h, w), timesteps (batch,), encoder_hidden_states (batch, tokens,

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
+from diffusion.attention import ScaledDotProduct
 from diffusion.config import VAEConfig
-from diffusion.layers import (
-    Conv2d,
-    GroupNorm,
-    Linear,
-    ScaledDotProduct,
-    name_parameters,
-    shared,
-    silu,
-)
+from diffusion.convolution import Conv2d
+from diffusion.layers import GroupNorm, Linear, Network, name_parameters, shared, silu
 from diffusion.resnet import Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6
@@ -148,7 +142,7 @@ class Decoder(nn.Cell):
         return self.conv_out(silu(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(nn.Cell):
+class AutoencoderKL(Network):
     """The variational autoencoder of Stable Diffusion (Rombach et al., 2022).
 
     Images are (batch, 3, height, width) in [-1, 1]; latents are (batch, 4, height / factor,

@@ -19,8 +19,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
+from diffusion.attention import MultiHead
 from diffusion.config import TextEncoderConfig
-from diffusion.layers import Conv2d, LayerNorm, Linear, MultiHead
+from diffusion.convolution import Conv2d
+from diffusion.layers import LayerNorm, Linear
 from diffusion.models import in_batches
 from diffusion.text_encoder import CLIPTextModel, Encoder
 from diffusion.tokenizer import EOS_TOKEN_ID, Tokenizer, clip_vocabulary

@@ -22,6 +22,7 @@ from PIL import Image
 
 from diffusion.config import load_model_config
 from diffusion.images import DataError, read_image
+from diffusion.layers import Network
 from diffusion.models import compile_graphs, in_batches
 from diffusion.randomness import generator
 from diffusion.vae import AutoencoderKL
@@ -49,7 +50,7 @@ class Loss(nn.Cell):
         return difference.abs().mean() + (difference * difference).mean() + KL_WEIGHT * kl
 
 
-class Step(nn.Cell):
+class Step(Network):
     def __init__(self, loss: Loss, optimizer: AdamW):
         super().__init__(auto_prefix=False)
         self.optimizer = optimizer

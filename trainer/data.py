@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from diffusion.images import read_image, read_mask
+from diffusion.layers import Network
 from diffusion.models import in_batches, release
 from diffusion.tokenizer import Tokenizer
 from trainer import cache as store
@@ -27,7 +28,7 @@ Report = Callable[[int, int], None]
 """Called with how much is done and how much there is to do."""
 
 
-class Encode(nn.Cell):
+class Encode(Network):
     """Images → mean and log-variance of the latents, stacked; not scaled."""
 
     def __init__(self, vae: nn.Cell):

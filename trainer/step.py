@@ -13,6 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from diffusion.layers import Network
 from trainer.batches import Batch
 from trainer.optimizer import Optimizer, flatten
 
@@ -23,7 +24,7 @@ GROW_AFTER = 2000
 """The loss scale doubles after so many steps without overflow, and halves at each overflow."""
 
 
-class DiffusionLoss(nn.Cell):
+class DiffusionLoss(Network):
     """Weighted squared error of each sample's prediction (batch,), in float32: mean over C, H, W.
 
     With a text encoder `text` is token ids, without one hidden states; `weights` has the shape of
@@ -69,7 +70,7 @@ class Gradient(nn.Cell):
         return ops.concat((flatten(gradients), loss.reshape(1), stop))
 
 
-class Accumulate(nn.Cell):
+class Accumulate(Network):
     """Adds a micro-batch's vector to a buffer, and gives the buffer."""
 
     def __init__(self, gradient: Gradient, buffer: Parameter, scaling: Parameter):
@@ -82,7 +83,7 @@ class Accumulate(nn.Cell):
         return ops.assign_add(self.buffer, self.gradient(self.scaling[0], stop, *batch))
 
 
-class Update(nn.Cell):
+class Update(Network):
     """The end of a step: one all-reduce, clipping, and the optimizer.
 
     `Accumulate` has gathered in `buffer` the one vector that the processes exchange. Whether the

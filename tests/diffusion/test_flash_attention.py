@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from diffusion.layers import FlashAttention, MultiHead
+from diffusion.attention import FlashAttention, MultiHead
 from diffusion.models import compile_graphs
 
 COMPILE = """

@@ -11,16 +11,14 @@ from mindspore import Tensor, nn, ops
 from mindspore.nn.utils import no_init_parameters
 
 from diffusion import models
+from diffusion.attention import Exchange, ScaledDotProduct, _GatheredExchange
 from diffusion.config import ModelConfig, TextEncoderConfig, UNetConfig, load_model_config
+from diffusion.convolution import Conv2d
 from diffusion.layers import (
-    Conv2d,
-    Exchange,
     GroupNorm,
     LayerNorm,
-    ScaledDotProduct,
     _BatchedLayerNorm,
     _FusedGroupNorm,
-    _GatheredExchange,
     _GroupNorm,
     _LayerNorm,
 )

@@ -11,7 +11,8 @@ from mindspore.ops.primitive import constexpr
 
 from diffusion import models, winograd
 from diffusion.config import load_model_config
-from diffusion.layers import Conv2d, name_parameters
+from diffusion.convolution import Conv2d
+from diffusion.layers import name_parameters
 from diffusion.lora import inject, lora_parameters
 from diffusion.models import compile_graphs, transform_convolutions
 from diffusion.resnet import Upsample
