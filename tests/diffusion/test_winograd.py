@@ -54,7 +54,7 @@ def test_one_side_is_a_correlation_with_padding(length: int) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "channels", "out", "height", "width"),
-    [(2, 8, 24, 16, 16), (3, 20, 6, 7, 10), (1, 5, 5, 4, 12), (2, 6, 7, 1, 2)],
+    [(2, 8, 24, 16, 16), (3, 20, 6, 7, 10), (1, 5, 5, 4, 12), (2, 6, 7, 1, 2), (2, 6, 7, 64, 128)],
 )
 def test_as_the_direct_convolution(
     batch: int, channels: int, out: int, height: int, width: int
@@ -70,9 +70,10 @@ def test_as_the_direct_convolution(
         close(ours.asnumpy(), theirs)
 
 
-@pytest.mark.parametrize("size", [(10, 14), (9, 14), (9, 13)])
+@pytest.mark.parametrize("size", [(10, 14), (9, 14), (9, 13), (128, 32)])
 def test_of_an_enlarged_input(size: tuple[int, int]) -> None:
     """The enlargement is in the matrices, and cut to the size that is asked for."""
+    given = tuple((length + 1) // 2 for length in size)
 
     class Enlarged(nn.Cell):
         def __init__(self) -> None:
@@ -83,14 +84,14 @@ def test_of_an_enlarged_input(size: tuple[int, int]) -> None:
             return self.upsample(x, like)
 
     like = Tensor(normal(1, 1, *size))
-    x, weights = Tensor(normal(2, 12, 5, 7)), Tensor(normal(2, 12, *size))
+    x, weights = Tensor(normal(2, 12, *given)), Tensor(normal(2, 12, *size))
     network = name_parameters(Enlarged())
     direct = [found.asnumpy() for found in Pulled(network)(x, weights)]
     transform_convolutions(network)
     for ours, theirs in zip(Pulled(network)(x, weights), direct, strict=True):
         close(ours.asnumpy(), theirs)
     rows, columns = (
-        np.repeat(np.arange(n), 2)[:length] for n, length in zip((5, 7), size, strict=True)
+        np.repeat(np.arange(n), 2)[:length] for n, length in zip(given, size, strict=True)
     )
     repeated = Tensor(x.asnumpy()[:, :, rows][:, :, :, columns])
     close(network.upsample.conv(repeated).asnumpy(), direct[0])
@@ -161,7 +162,11 @@ def test_what_does_not_fit_stays() -> None:
         ((1, 16, 16, 64, 64), False),
         ((64, 4, 64, 16, 16), False),
         ((64, 128, 128, 2, 2), False),
+        ((1, 512, 512, 128, 128), True),
+        ((1, 256, 128, 256, 256), True),
+        ((1, 128, 128, 256, 256), False),
+        ((1, 256, 256, 512, 512), False),
     ],
 )
-def test_many_outputs_and_short_sides_are_worth_it(sizes: tuple[int, ...], taken: bool) -> None:
+def test_where_it_is_worth_it(sizes: tuple[int, ...], taken: bool) -> None:
     assert RULE(*sizes) is taken
