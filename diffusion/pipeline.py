@@ -8,7 +8,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from diffusion import models
 from diffusion.config import ModelConfig
@@ -27,32 +27,17 @@ Weighted = Sequence[tuple[Adapters, float]]
 """LoRAs, each with its strength."""
 
 
-class _Read(Network):
-    """Hidden states of texts → keys and values of every attention to them, in one tuple."""
+class _Both(Network):
+    """The UNet without and with the text, in one batched pass."""
 
     def __init__(self, unet: nn.Cell):
         super().__init__(auto_prefix=False)
         self.unet = unet
 
-    def construct(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        found = ()
-        for pair in self.unet.read(encoder_hidden_states):
-            found = found + pair
-        return found
-
-
-class _Predict(Network):
-    """The UNet, given what `_Read` found."""
-
-    def __init__(self, unet: nn.Cell):
-        super().__init__(auto_prefix=False)
-        self.unet = unet
-
-    def construct(self, latents: Tensor, timesteps: Tensor, *read: Tensor) -> Tensor:
-        pairs = ()
-        for i in range(0, len(read), 2):
-            pairs = pairs + ((read[i], read[i + 1]),)
-        return self.unet(latents, timesteps, pairs)
+    def construct(
+        self, latents: Tensor, timesteps: Tensor, negative: Tensor, positive: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ops.chunk(self.unet(latents, timesteps, ops.concat((negative, positive))), 2)
 
 
 @dataclass(frozen=True)
@@ -98,8 +83,7 @@ class Pipeline:
         self.vae = vae
         self.sigmas = sigmas(alphas_cumprod)
         self.tokenizer = Tokenizer(clip_vocabulary(), config.text_encoder.pad_token_id)
-        self._read = _Read(unet)
-        self._predict = _Predict(unet)
+        self._both = _Both(unet)
         self._base: dict[str, dict[str, np.ndarray]] = {}
         """Tensors of the base that a LoRA has been merged into, by network."""
         self._attached: list[Adapters] | None = None
@@ -258,19 +242,20 @@ class Pipeline:
         self, positive: np.ndarray, negative: np.ndarray, settings: Settings
     ) -> Callable[[np.ndarray, float], np.ndarray]:
         """(x, σ) → x₀ for one batch of texts, by the model's parametrisation."""
+        texts = (Tensor(negative), Tensor(positive))
         scale = settings.scale
-        texts = positive if scale == 1 else np.concatenate([negative, positive])
-        read = self._read(Tensor(texts))
 
         def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
             root = np.sqrt(sigma**2 + 1)
             timestep = np.interp(np.log(sigma), np.log(self.sigmas), np.arange(TRAIN_TIMESTEPS))
             latents = Tensor((x / root).astype(np.float32))
             timesteps = Tensor(np.full(len(x), timestep, np.float32))
-            output = self._predict(latents, timesteps, *read)
-            prediction = output.asnumpy().astype(np.float64)
-            if scale != 1:
-                without, with_text = np.split(prediction, 2)
+            if scale == 1:
+                output = self.unet(latents, timesteps, texts[1])
+                prediction = output.asnumpy().astype(np.float64)
+            else:
+                outputs = self._both(latents, timesteps, *texts)
+                without, with_text = (part.asnumpy().astype(np.float64) for part in outputs)
                 prediction = without + scale * (with_text - without)
                 if settings.rescale:
                     prediction = rescale_guidance(prediction, with_text, settings.rescale)

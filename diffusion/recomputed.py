@@ -24,10 +24,6 @@ class Recomputed(nn.Cell):
         self.has_trained = len(self.trained) > 0
         self.block = _Trained(block, self.trained) if self.has_trained else _Frozen(block)
 
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """What the block has to say about `context` alone."""
-        return self.block.block.read(context)
-
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         if self.has_trained:
             vector = _CONCAT([parameter.reshape(-1) for parameter in self.trained])

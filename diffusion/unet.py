@@ -29,11 +29,6 @@ RESNET_EPS = 1e-5
 TRANSFORMER_EPS = 1e-6
 
 
-Context = Tensor | tuple[Tensor, Tensor]
-"""What an attention reads, or the keys and values that `read` found there; each (batch, tokens,
-width)."""
-
-
 class Spread(nn.Cell):
     """(rows, …) → (batch, …): x as it is, or all of it as often as the batch has its rows."""
 
@@ -72,13 +67,8 @@ class Attention(nn.Cell):
         self.to_out = nn.CellList([Linear(width, width)])
         self.attend = shared(MultiHead, width, heads, False, upcast)
 
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values."""
-        return self.to_k(context), self.to_v(context)
-
-    def construct(self, x: Tensor, context: Context) -> Tensor:
-        keys, values = context if isinstance(context, tuple) else self.read(context)
-        return self.to_out[0](self.attend(self.to_q(x), keys, values))
+    def construct(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.to_out[0](self.attend(self.to_q(x), self.to_k(context), self.to_v(context)))
 
 
 class GEGLU(nn.Cell):
@@ -114,14 +104,9 @@ class TransformerBlock(nn.Cell):
         self.ff = FeedForward(width)
         self.spread = shared(Spread)
 
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the text."""
-        return self.attn2.read(context)
-
-    def construct(self, x: Tensor, context: Context) -> Tensor:
+    def construct(self, x: Tensor, context: Tensor) -> Tensor:
         normed = self.norm1(x)
-        batch = context[0].shape[0] if isinstance(context, tuple) else context.shape[0]
-        x = self.spread(x + self.attn1(normed, normed), batch)
+        x = self.spread(x + self.attn1(normed, normed), context.shape[0])
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -146,11 +131,7 @@ class Transformer2D(nn.Cell):
         self.proj_out = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
         self.spread = shared(Spread)
 
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the text."""
-        return self.transformer_blocks[0].read(context)
-
-    def construct(self, x: Tensor, context: Context) -> Tensor:
+    def construct(self, x: Tensor, context: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         hidden = self.norm(x)
         if self.linear:
@@ -189,15 +170,13 @@ class DownBlock(nn.Cell):
         self.downsamplers = nn.CellList([] if last else [Downsample(out)])
         self.spread = shared(Spread)
 
-    def construct(
-        self, x: Tensor, time: Tensor, contexts: tuple[Context, ...]
-    ) -> tuple[Tensor, ...]:
+    def construct(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, ...]:
         """The outputs of every layer, in order; the last one goes on."""
         outputs = ()
         for j in range(len(self.resnets)):
             x = self.resnets[j](x, self.spread(time, x.shape[0]))
             if self.has_attention:
-                x = self.attentions[j](x, contexts[j])
+                x = self.attentions[j](x, context)
             outputs = outputs + (x,)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -215,9 +194,9 @@ class MidBlock(nn.Cell):
         self.attentions = nn.CellList(_transformers(config, -1, 1))
         self.spread = shared(Spread)
 
-    def construct(self, x: Tensor, time: Tensor, contexts: tuple[Context, ...]) -> Tensor:
+    def construct(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[0](x, self.spread(time, x.shape[0]))
-        x = self.attentions[0](x, contexts[0])
+        x = self.attentions[0](x, context)
         return self.resnets[1](x, self.spread(time, x.shape[0]))
 
 
@@ -244,12 +223,7 @@ class UpBlock(nn.Cell):
         self.spread = shared(Spread)
 
     def construct(
-        self,
-        x: Tensor,
-        skips: tuple[Tensor, ...],
-        time: Tensor,
-        contexts: tuple[Context, ...],
-        like: Tensor,
+        self, x: Tensor, skips: tuple[Tensor, ...], time: Tensor, context: Tensor, like: Tensor
     ) -> Tensor:
         """`skips` in the order in which the down blocks made them; the last is used first. `like`
         has the height and width of what is made."""
@@ -258,7 +232,7 @@ class UpBlock(nn.Cell):
             skip = self.spread(skips[len(skips) - 1 - j], x.shape[0])
             x = self.resnets[j](ops.concat((x, skip), 1), time)
             if self.has_attention:
-                x = self.attentions[j](x, contexts[j])
+                x = self.attentions[j](x, context)
         for upsample in self.upsamplers:
             x = upsample(x, like)
         return x
@@ -278,8 +252,6 @@ class UNet2DConditionModel(Network):
     There may be several texts for each of the latents, as guidance has: encoder_hidden_states
     (n · batch, …) → (n · batch, …), as if latents and timesteps were there n times. What comes
     before the first attention to the text is then computed once.
-
-    In place of encoder_hidden_states there may be what `read` made of them.
     """
 
     def __init__(self, config: UNetConfig):
@@ -295,47 +267,22 @@ class UNet2DConditionModel(Network):
         self.up_blocks = nn.CellList([UpBlock(config, i, time_channels) for i in reversed(levels)])
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], RESNET_EPS)
         self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
-        blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
-        self.transformers = sum(len(block.attentions) for block in blocks)
         name_parameters(self)
 
-    def read(self, encoder_hidden_states: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Keys and values of every attention to the text, in order: the same at each timestep."""
-        context = encoder_hidden_states.astype(self.conv_in.weight.dtype)
-        found = ()
-        for block in self.down_blocks:
-            for transformer in block.attentions:
-                found = found + (transformer.read(context),)
-        for transformer in self.mid_block.attentions:
-            found = found + (transformer.read(context),)
-        for block in self.up_blocks:
-            for transformer in block.attentions:
-                found = found + (transformer.read(context),)
-        return found
-
     def construct(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        encoder_hidden_states: Tensor | tuple[tuple[Tensor, Tensor], ...],
+        self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
     ) -> Tensor:
         dtype = self.conv_in.weight.dtype
-        if isinstance(encoder_hidden_states, tuple):
-            contexts = encoder_hidden_states
-        else:
-            contexts = (encoder_hidden_states.astype(dtype),) * self.transformers
+        context = encoder_hidden_states.astype(dtype)
         time = self.time_embedding(timesteps)
         x = self.conv_in(latents.astype(dtype))
         skips = (x,)
         for block in self.down_blocks:
-            outputs = block(x, time, contexts)
-            contexts = contexts[len(block.attentions) :]
+            outputs = block(x, time, context)
             skips = skips + outputs
             x = outputs[-1]
-        x = self.mid_block(x, time, contexts)
-        contexts = contexts[1:]
+        x = self.mid_block(x, time, context)
         for block in self.up_blocks:
             own, skips = skips[-self.layers_up :], skips[: -self.layers_up]
-            x = block(x, own, time, contexts, skips[-1] if skips else x)
-            contexts = contexts[len(block.attentions) :]
+            x = block(x, own, time, context, skips[-1] if skips else x)
         return self.conv_out(silu(self.conv_norm_out(x))).astype(ms.float32)

@@ -1,4 +1,4 @@
-"""Attention in slices, and to keys and values that were read once."""
+"""Attention in slices, and networks that are called again and again."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from diffusion import attention, models
+from diffusion import attention
 from diffusion.attention import MultiHead, slices
-from diffusion.config import load_model_config
 from diffusion.layers import Network
-from diffusion.lora import inject
 from diffusion.models import compile_graphs
-from diffusion.pipeline import _Predict, _Read
-from diffusion.unet import UNet2DConditionModel
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,25 +61,6 @@ def test_slices_are_equal_and_at_least_a_head(
     rows: int, tokens: int, context: int, wanted: int
 ) -> None:
     assert slices(rows, tokens, context) == wanted
-
-
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_keys_and_values_are_the_text(recomputed: bool) -> None:
-    """Two texts for each of the latents, as guidance has them, and adapters."""
-    unet = UNet2DConditionModel(load_model_config("emoji").unet).set_train(False)
-    inject(unet, "attention", 2, 2.0)
-    for parameter in unet.get_parameters():
-        if "lora_up" in parameter.name:
-            parameter.set_data(Tensor(normal(*parameter.shape)))
-    if recomputed:
-        models.recompute(unet)
-    inputs = Tensor(normal(2, 4, 8, 8)), Tensor(np.array([10.0, 700.0], np.float32))
-    text = Tensor(normal(4, 77, 64))
-    read = _Read(unet)(text)
-    assert len(read) == 2 * unet.transformers == 8
-    found = _Predict(unet)(*inputs, *read).asnumpy()
-    wanted = unet(*inputs, text).asnumpy()
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_a_network_in_two_graphs_of_two_shapes() -> None:

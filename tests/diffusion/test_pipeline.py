@@ -20,14 +20,8 @@ class Velocity(nn.Cell):
     """v of a picture that is one colour all over, which the text says; at ᾱ = 0 exactly −x₀. There
     may be several texts for each of the latents."""
 
-    def read(self, text: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        return ((text[:, :1, :1], text),)
-
-    def construct(
-        self, latents: Tensor, timesteps: Tensor, read: tuple[tuple[Tensor, Tensor], ...]
-    ) -> Tensor:
-        text = read[0][1]
-        colour = read[0][0].expand_dims(-1)
+    def construct(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        colour = text[:, :1, :1].expand_dims(-1)
         if self.training:
             colour = colour + 100
         zeros = 0 * latents + 0 * timesteps.reshape(-1, 1, 1, 1)
