@@ -105,8 +105,7 @@ _SLICE_OF_SCORES = 2**22
 @constexpr
 def slices(rows: int, tokens: int, context: int) -> int:
     """In how many equal parts the heads of a batch, `rows`, attend one after the other: on CPU a
-    matrix of scores that fits the cache is up to a quarter faster, forward and back, and takes less
-    memory."""
+    matrix of scores that fits the cache is up to a quarter faster, forward and back."""
     parts = [n for n in range(1, rows + 1) if rows % n == 0]
     small = [n for n in parts if rows // n * tokens * context <= _SLICE_OF_SCORES]
     return small[0] if small else rows

@@ -110,7 +110,7 @@ class Conv2d(Convolving):
             bound = 1 / math.sqrt(in_channels * kernel * kernel)
             self.bias = Parameter(initializer(Uniform(bound), (out_channels,)))
         self.transformed = None
-        # A product for each image; a Transpose takes as long on CPU, and see _GatheredExchange.
+        # A product for each image; a Transpose takes as long on CPU, and see attention.py.
         self.by_products = kernel == 1 and on_cpu()
         self.conv = ops.Conv2D(out_channels, kernel, pad_mode="pad", pad=padding, stride=stride)
         self.bias_add = ops.BiasAdd()

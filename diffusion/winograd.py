@@ -131,8 +131,8 @@ def cut(batch: int, channels: int, height: int, width: int, side: int) -> np.nda
     rows, units = rows[None, :, None, None, :, None], units[None, None, :, None, None, :]
     planes = (image * channels + channel)[:, None, None, :, None, None]
     inside = (rows >= 0) & (rows < height) & (units >= 0) & (units < across)
-    found = np.where(inside, (planes * height + rows) * across + units, -1)
-    found[found < 0] = batch * channels * height * across
+    beyond = batch * channels * height * across
+    found = np.where(inside, (planes * height + rows) * across + units, beyond)
     return found.astype(np.int32).ravel()
 
 
