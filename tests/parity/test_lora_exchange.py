@@ -121,6 +121,7 @@ def trained_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "epochs=null",
         "images=192",
         "data.validation=null",
+        "validate_every=null",
         "lora.text_encoder=true",
         "lora.rank=4",
         "lora.alpha=6",
