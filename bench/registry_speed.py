@@ -147,7 +147,9 @@ def server(folder: Path) -> Iterator[servers.Server]:
 
 def transfers(folder: Path, rounds: int) -> None:
     open_registry("s3://loras/speed").create()  # tries what the server does, once
-    clients = [name for name in CLIENTS if importlib.util.find_spec(_IMPORTED[name][0])]
+    clients = [
+        name for name in CLIENTS if importlib.util.find_spec(_IMPORTED[name][0].split(".")[0])
+    ]
     for count, size in ((1, 100_000_000), (100, 1_000_000)):
         found: dict[tuple[str, str], list[list[float]]] = {}
         for turn in range(rounds):
