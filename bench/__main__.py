@@ -5,6 +5,7 @@ make bench
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ SHORT = (
 
 def main() -> int:
     """1 if one of them failed."""
+    argparse.ArgumentParser(prog="make bench", description=__doc__).parse_args()
     failed = []
     for module, *words in SHORT:
         print(f"\n{module}", flush=True)

@@ -1,7 +1,6 @@
 """Scaled dot-product attention by heads (Vaswani et al., 2017), and what computes it where.
 
-It carries a backward pass of its own: MindSpore's built-in one is several times slower on CPU and
-keeps the attention matrix alive between the two passes.
+It carries a backward pass of its own: MindSpore's built-in one is several times slower on CPU.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ class ScaledDotProduct(nn.Cell):
     With `upcast` the probabilities, and the gradients of q and k, are computed in float32, where
     the scores do not overflow.
 
-    The backward pass computes the probabilities again instead of keeping them, and uses
-    dS = P · (dP − Σ out·dout), with the sum as one more column of the product that gives dP.
+    The backward pass asks for the probabilities again, which the compiler on CPU takes from the
+    forward pass where it finds them, and uses dS = P · (dP − Σ out·dout) / √d, with the sum as one
+    more column of the product that gives dP.
     """
 
     def __init__(self, head_width: int, causal: bool = False, upcast: bool = False):
@@ -99,7 +99,7 @@ class _GatheredExchange(nn.Cell):
         return (self.exchange(dout),)
 
 
-_SLICE_OF_SCORES = 2**22
+_SLICE_OF_SCORES = 2**22  # 16 MB
 
 
 @constexpr

@@ -1,4 +1,4 @@
-"""3 × 3 convolutions with less than a third of the multiplications (Winograd's F(4×4, 3×3), as in
+"""3 × 3 convolutions with a quarter of the multiplications (Winograd's F(4×4, 3×3), as in
 Lavin & Gray, 2016), for frozen weights on CPU.
 
 An image is cut into tiles of 6 × 6 that overlap by two; the product of a transformed tile and the
@@ -10,7 +10,7 @@ Such a matrix grows with the side, so large images are first cut into blocks of 
 with a margin of what lies around them.
 
 oneDNN as MindSpore calls it on CPU writes each input nine times over before it multiplies, and is
-two to three times slower where channels are many and images small.
+1.3 to 3 times slower where channels are many and images small.
 """
 
 from __future__ import annotations
