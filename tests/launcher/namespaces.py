@@ -1,12 +1,14 @@
-"""Two machines in one: network namespaces that reach each other, each with its own host name."""
+"""Machines within this one: two that reach each other, or one with no processes but its own."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,26 @@ def within(space: str, host: str) -> tuple[str, ...]:
     """What a command begins with to run there, on a machine of that name."""
     named = ("unshare", "-u", "sh", "-c", f'hostname {host} && exec "$@"', "-")
     return ("ip", "netns", "exec", space, *named)
+
+
+def alone() -> bool:
+    """Is there no other process than this one and those it starts?"""
+    return os.getpid() == 1
+
+
+def run_alone(test: pytest.Item, folder: Path) -> None:
+    """Run that test, in that folder, where `alone` is true; skips it where the kernel refuses."""
+    space = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+    space += ("--mount-proc",)
+    if not shutil.which("unshare"):
+        pytest.skip("a process namespace needs unshare (util-linux)")
+    refused = subprocess.run([*space, "true"], capture_output=True, text=True)
+    if refused.returncode:
+        pytest.skip(f"the kernel refuses process namespaces here: {refused.stderr.strip()}")
+    pytest_of_one = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    words = [f"--basetemp={folder}", f"{test.path}::{test.name}"]
+    done = subprocess.run([*space, *pytest_of_one, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _run(*command: str) -> None:

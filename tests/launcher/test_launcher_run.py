@@ -24,6 +24,7 @@ from tests.launcher.launching import (
     until,
     workers,
 )
+from tests.launcher.namespaces import alone, run_alone
 
 
 def test_success_is_published_with_scores_and_lineage(
@@ -128,8 +129,12 @@ def test_signal_to_one_of_the_processes(
 
 
 def test_nothing_outlives_a_launcher_that_is_killed(
-    start: Launch, config: Path, tmp_path: Path
+    start: Launch, config: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    # Any other launch on this machine would end what this one leaves behind.
+    if not alone():
+        run_alone(request.node, tmp_path / "alone")
+        return
     process = start("spawn", "--devices", "2", config)
     until(lambda: any(tmp_path.glob("runs/*/*/child")), process)
     (path,) = tmp_path.glob("runs/*/*/child")
