@@ -7,6 +7,7 @@ Needs the extra `parity`; the tests that compare with the file do not.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
+from diffusers.models.embeddings import Timesteps
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -38,9 +40,28 @@ TARGETS["text_encoder"] = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
+class Sinusoids(torch.nn.Module):
+    """Of a timestep, (n,) → (n, channels), as diffusers has them but in double precision.
+
+    Diffusers keeps to single for these, whatever its networks are in, and `exp` and `sin` of two
+    processors round so differently that the outputs do in the sixth digit.
+    """
+
+    def __init__(self, theirs: Timesteps):
+        super().__init__()
+        assert theirs.flip_sin_to_cos and theirs.scale == 1
+        half = theirs.num_channels // 2
+        powers = torch.arange(half).double() / (half - theirs.downscale_freq_shift)
+        self.frequencies = torch.exp(-math.log(10_000) * powers)
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        angles = timesteps[:, None].double() * self.frequencies
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
 def unet(config: UNetConfig) -> UNet2DConditionModel:
     down = ["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in config.cross_attention]
-    return UNet2DConditionModel(
+    network = UNet2DConditionModel(
         block_out_channels=config.block_out_channels,
         down_block_types=down,
         up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
@@ -50,6 +71,8 @@ def unet(config: UNetConfig) -> UNet2DConditionModel:
         use_linear_projection=config.use_linear_projection,
         norm_num_groups=config.norm_num_groups,
     )
+    network.time_proj = Sinusoids(network.time_proj)
+    return network
 
 
 def vae(config: VAEConfig) -> AutoencoderKL:
