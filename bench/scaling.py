@@ -11,6 +11,8 @@ network, or as cached latents.
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +20,7 @@ import numpy as np
 from bench import turns
 from diffusion import flops
 from diffusion.config import load_model_config
-from launcher import estimate
+from launcher import account, estimate
 
 COMPUTE_SECONDS = 4 / (15.27 * estimate.CACHED_SPEEDUP)
 GRADIENTS = {"LoRA of rank 4, 3.2 MB": 3.19e6, "all weights, 3.4 GB": 3.438e9}
@@ -30,13 +32,14 @@ IMAGE_BYTES, LATENT_BYTES = 500e3, 2 * 4 * 64 * 64 * 4
 """A photograph; mean and deviation of its latents in float32."""
 STORAGE_BYTES = 5e9
 """A second, of the storage for all servers together: an assumption."""
-ENCODE_SECONDS = 1.117e12 / (15.27 * estimate.CACHED_SPEEDUP * 1.80e12)
+ENCODE_SECONDS = 1.117e12 / estimate.RATES["A2"]
 """Of one picture through the VAE, at the rate of training."""
-
+PICTURES = 1e6
 
 _UNET = flops.unet(load_model_config("sd15").unet, 64, 64)
 WHOLE_SECONDS = COMPUTE_SECONDS * (
-    (3 * _UNET.layers + 3.5 * _UNET.attention) / (2 * _UNET.layers + 3.5 * _UNET.attention)
+    (3 * _UNET.layers + account.PRODUCTS * _UNET.attention)
+    / (2 * _UNET.layers + account.PRODUCTS * _UNET.attention)
 )
 """The same if all weights are trained: their gradients are a third pass."""
 
@@ -80,40 +83,68 @@ def most_from_storage(size: float) -> int:
     return int(STORAGE_BYTES / size / (4 / COMPUTE_SECONDS))
 
 
-def plot(lines: dict[str, list[float]]) -> str:
-    """Efficiency over the number of devices as an SVG, on its own ground for any page."""
-    width, height, left, bottom = 640, 360, 56, 44
-    colours = ("#0b62a4", "#b8420f", "#4c7a1e", "#7a3b8f", "#666666")
+def fill_hours(devices: int) -> float:
+    """Until all pictures are read from the storage, encoded, and their latents written there."""
+    moved = PICTURES * (IMAGE_BYTES + LATENT_BYTES) / STORAGE_BYTES
+    return max(PICTURES * ENCODE_SECONDS / devices, moved) / 3600
 
-    def place(index: float, value: float) -> str:
-        x = left + index * (width - left - 190) / (len(DEVICES) - 1)
-        return f"{x:.1f},{16 + (1 - value) * (height - 16 - bottom):.1f}"
+
+def fed(devices: int, size: float) -> float:
+    """Images a second of a LoRA whose pictures of so many bytes come from the storage."""
+    lora, _ = GRADIENTS.values()
+    return min(simulate(devices, lora, 0.0).images_per_second, STORAGE_BYTES / size)
+
+
+COLOURS = ("#0b62a4", "#b8420f", "#4c7a1e", "#7a3b8f", "#666666")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 360, 64, 190, 16, 44
+LINE = 16
+"""Pixels from one label to the next, at the least."""
+
+
+def plot(
+    title: str, lines: Mapping[str, Sequence[float]], ticks: Mapping[float, str], log: bool = False
+) -> str:
+    """Values over the number of devices as an SVG, on its own ground for any page. The first and
+    the last of the ticks are the ends of the axis."""
+    shown = math.log10 if log else float
+    low, high = shown(min(ticks)), shown(max(ticks))
+
+    def x_of(index: int) -> float:
+        return LEFT + index * (WIDTH - LEFT - RIGHT) / (len(DEVICES) - 1)
+
+    def y_of(value: float) -> float:
+        return TOP + (high - shown(value)) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif" font-size="13" role="img">',
-        "<title>Share of the speed of as many single devices</title>",
-        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f"<title>{title}</title>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
     ]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = place(0, share).split(",")
-        parts.append(f'<path d="M{x} {y}H{width - 190}" stroke="#ddd"/>')
-        parts.append(
-            f'<text x="{left - 8}" y="{float(y) + 4}" text-anchor="end">{share:.0%}</text>'
-        )
+    for value, text in ticks.items():
+        y = y_of(value)
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     for index, devices in enumerate(DEVICES):
-        x, _ = place(index, 0).split(",")
-        parts.append(f'<text x="{x}" y="{height - 24}" text-anchor="middle">{devices}</text>')
-    middle = (left + width - 190) / 2
-    parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">devices</text>')
-    for (name, values), colour in zip(lines.items(), colours, strict=True):
-        points = " ".join(place(index, value) for index, value in enumerate(values))
+        place = f'x="{x_of(index):.1f}" y="{HEIGHT - 24}"'
+        parts.append(f'<text {place} text-anchor="middle">{devices}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">devices</text>')
+    coloured = list(zip(lines.items(), COLOURS[: len(lines)], strict=True))
+    for (_, values), colour in coloured:
+        points = " ".join(f"{x_of(i):.1f},{y_of(value):.1f}" for i, value in enumerate(values))
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
         )
-        y = float(place(0, values[-1]).split(",")[1]) + 4
-        parts.append(f'<text x="{width - 182}" y="{y:.1f}" fill="{colour}">{name}</text>')
+    above = 0.0
+    for (name, values), colour in sorted(coloured, key=lambda one: -one[0][1][-1]):
+        above = max(above + LINE, y_of(values[-1]) + 4)
+        parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{above:.1f}" fill="{colour}">{name}</text>')
     return "\n".join([*parts, "</svg>\n"])
+
+
+def keep(name: str, svg: str) -> None:
+    (turns.ROOT / "docs" / name).write_text(svg, encoding="utf-8")
 
 
 def main() -> None:
@@ -138,12 +169,26 @@ def main() -> None:
             f"| {devices:,} | {shares[0]} | {points[0].images_per_second:,.0f} "
             f"| {' | '.join(shares[1:])} |"
         )
-    (turns.ROOT / "docs" / "scaling.svg").write_text(plot(lines), encoding="utf-8")
+    shares_of = {0.0: "0%", 0.25: "25%", 0.5: "50%", 0.75: "75%", 1.0: "100%"}
+    keep("scaling.svg", plot("Share of the speed of as many single devices", lines, shares_of))
+    loading = {
+        "latents, or a local disk": [fed(n, LATENT_BYTES) for n in DEVICES],
+        "photographs of 500 KB": [fed(n, IMAGE_BYTES) for n in DEVICES],
+    }
+    speeds = {10.0: "10", 100.0: "100", 1e3: "1,000", 1e4: "10,000", 1e5: "100,000"}
+    title = f"Images a second, from storage of {STORAGE_BYTES / 1e9:g} GB/s"
+    keep("scaling-loading.svg", plot(title, loading, speeds, log=True))
     for what, size in (("pictures", IMAGE_BYTES), ("latents", LATENT_BYTES)):
         print(f"storage of {STORAGE_BYTES / 1e9:g} GB/s feeds {most_from_storage(size):,} devices "
               f"with {what}")  # fmt: skip
-    for devices in (1, 8, 64, 1024):
-        hours = 1e6 * ENCODE_SECONDS / devices / 3600
+    filling = {
+        "encoding, once": [fill_hours(n) for n in DEVICES],
+        "an epoch of training": [PICTURES / fed(n, LATENT_BYTES) / 3600 for n in DEVICES],
+    }
+    ticks = {0.01: "36 s", 1 / 6: "10 min", 1.0: "1 h", 24.0: "1 day"}
+    title = "Hours for a million pictures"
+    keep("scaling-filling.svg", plot(title, filling, ticks, log=True))
+    for devices, hours in zip(DEVICES, filling["encoding, once"], strict=True):
         print(f"a million pictures are encoded on {devices:,} in {hours:.3g} h")
 
 

@@ -24,36 +24,54 @@ RESNET_IN, RESNET = 3 + 2 + 5 + 3 + 3, 2 + 3 + 2 + 3 + 5 + 3
 TRANSFORMER = (3 + 4 + 9 + 9 + 3 + 8 + 12) + (5 + 4 + 15 + 8 + 12 + 20)
 """GroupNorm, transposes around the blocks, three LayerNorms, residuals, the heads' transposes and
 the gate, of four times the channels and eight before it."""
-ADAPTERS = 8 * (5 + 7)
-"""Those of attention, eight: forward one pass over the input and four to add; back three over
-gradient and input and four to add."""
+ADAPTER_IN, ADAPTER_OUT = 1 + 5, 4 + 2
+"""An adapter: forward one pass over its input and four to add to the output; back two over the
+output's gradient, one over the input and four to add to its gradient."""
+ADAPTED = {"attention": (8, 8), "transformer": (8 + 2 + 1 + 4, 8 + 2 + 8 + 1)}
+"""Widths of the inputs and of the outputs that adapters of a transformer have, in multiples of its
+channels; those of text are far shorter than they are counted here."""
 MATRICES = "attention's matrices"
-SCORES = 4 + 10
-"""Passes over an attention matrix: made, softmax, read; back made again, and its gradient."""
+SCORES = 4 + 7
+"""Passes over an attention matrix: made, softmax, read; back its gradient made, dS of both, and
+three products."""
+PRODUCTS, PRODUCTS_FUSED = 3.0, 3.5
+"""Products of attention in a step, in multiples of a forward pass: four in a backward pass, beside
+two; the fused operator computes the scores once more there."""
 
 
 def unet_step(
-    config: UNetConfig, height: int, width: int, size: int, product: str
+    config: UNetConfig,
+    height: int,
+    width: int,
+    size: int,
+    product: str,
+    targets: str = "attention",
+    fused: bool = False,
 ) -> Mapping[str, float]:
     """Seconds, by kind, of a LoRA's forward and backward pass for one image of so many latents,
-    whose numbers have `size` bytes."""
+    whose numbers have `size` bytes. With `fused` attention none of its matrices is written."""
     rate, bandwidth = PEAK[product], BANDWIDTH[product]
     seconds = dict.fromkeys(("convolutions", "linear layers", "attention"), 0.0)
     bytes_of = dict.fromkeys((MATRICES, "other activations", "adapters"), 0.0)
+    inputs, outputs = ADAPTED["attention" if targets == "attention" else "transformer"]
     for level in flops.unet_levels(config, height, width):
         cost = flops.level(level, config.cross_attention_dim)
         if level.kind == "resnet":
             seconds["convolutions"] += 2 * cost.layers / rate
             passes = RESNET_IN * level.channels_in + RESNET * level.channels
             bytes_of["other activations"] += passes * level.positions * size
+            if targets == "convolution":
+                passes = ADAPTER_IN * (level.channels_in + level.channels)
+                passes += ADAPTER_OUT * 2 * level.channels
+                bytes_of["adapters"] += passes * level.positions * size
             continue
         seconds["linear layers"] += 2 * cost.layers / rate
-        seconds["attention"] += 3.5 * cost.attention / rate
+        seconds["attention"] += (PRODUCTS_FUSED if fused else PRODUCTS) * cost.attention / rate
         scores = level.heads * level.positions * (level.positions + flops.TOKENS)
-        bytes_of[MATRICES] += SCORES * scores * size
+        bytes_of[MATRICES] += 0.0 if fused else SCORES * scores * size
         numbers = level.channels * level.positions
         bytes_of["other activations"] += TRANSFORMER * numbers * size
-        bytes_of["adapters"] += ADAPTERS * numbers * size
+        bytes_of["adapters"] += (ADAPTER_IN * inputs + ADAPTER_OUT * outputs) * numbers * size
     whole = flops.unet(config, height, width)
     counted = sum(
         flops.level(level, config.cross_attention_dim).layers

@@ -17,16 +17,20 @@ from diffusion.flops import Level
 from launcher import account
 from registry.words import human_time
 from trainer.config import RunConfig
-from trainer.plan import Plan
+from trainer.plan import Plan, run_precision
 from weights.structure import text_encoder_shapes, unet_shapes
 
 CACHED_SPEEDUP = 1.4
 """From latents that are not encoded in every step: MosaicML's figure for SD 2 on A100."""
-RATES = {"910A": 7.75 * CACHED_SPEEDUP * 1.80e12, "A2": 15.27 * CACHED_SPEEDUP * 1.80e12}
+RATES = {"910A": 7.75 * CACHED_SPEEDUP * 1.73e12, "A2": 15.27 * CACHED_SPEEDUP * 1.73e12}
 """Operations a second that a device comes to in half precision. MindONE's benchmark.md has 7.75 and
 15.27 images/s for a LoRA of SD 1.5 at 512 × 512, batch 4, on one device (MindSpore 2.1 and 2.3),
-with VAE and text encoder in every step; without them an image costs 1.80e12 operations here. The
+with VAE and text encoder in every step; without them an image costs 1.73e12 operations here. The
 same table's SD 2.1 at 768 × 768 with fused attention comes to 1.5 to 3 times as many a second."""
+LEAST_SECONDS = 0.02
+"""An assumption: the four thousand operators of a step are not started in less. Below it a step's
+time does not follow from its operations."""
+NAMES = {"910A": "910A", "A2": "910B (A2)"}
 FP32_SLOWDOWN = 4.0
 """An assumption: the matrix unit works in half precision, and float32 takes several passes."""
 MEMORY = {"910A": 32e9, "A2": 64e9}
@@ -57,8 +61,9 @@ class Estimate:
     allreduce_bytes: int
     """What one device puts into the all-reduce of a step."""
     images_per_second: float
-    hours: float
-    """Of training, without encoding into caches and compiling."""
+    hours: float | None
+    """Of training, without encoding into caches and compiling; None if the number of images is not
+    known."""
     memory_bytes: float
     """Of a device."""
     parts: Mapping[str, float]
@@ -73,14 +78,28 @@ class Estimate:
         """Is the memory there?"""
         return self.memory_bytes <= MEMORY[self.product]
 
+    @property
+    def too_small(self) -> bool:
+        """Is there so little to compute that starting it takes longer?"""
+        return self.compute_seconds < LEAST_SECONDS
+
 
 def estimates(
     config: RunConfig, plan: Plan, product: str | None = None, servers: int = 1
 ) -> list[Estimate]:
-    """The run as it is planned, on that product or on each; none if the plan does not know its
-    images, or nothing was published of the product."""
-    if not plan.shapes or not plan.steps or plan.trained_parameters is None:
-        return []
+    """The run as it is planned, on that product or on each; none if nothing was published of it.
+
+    It is in the precision that it has on Ascend, wherever it is planned. Images that are not at
+    hand are taken to be squares of the config's resolution.
+    """
+    model = load_model_config(plan.model)
+    if not plan.shapes:
+        side = config.data.resolution or model.resolution
+        plan = replace(plan, shapes=((side, side, 1),))
+    if plan.trained_parameters is None:
+        trained = _count(unet_shapes(model.unet)) + _count(text_encoder_shapes(model.text_encoder))
+        plan = replace(plan, trained_parameters=trained)
+    plan = replace(plan, precision=run_precision(config, "Ascend"))
     return [
         estimate(config, plan, one, plan.devices, servers)
         for one in RATES
@@ -107,9 +126,9 @@ def estimate(
     rate = RATES[product] / (FP32_SLOWDOWN if plan.precision == "fp32" else 1.0)
     share = plan.micro_batch * plan.accumulation
     compute = share * work / seen / rate
-    counted = _counted(config, plan, model, product)
     if config.flash_attention:  # the published figures were without
-        compute -= counted.pop(account.MATRICES, 0.0)
+        compute -= _counted(config, plan, model, product, False).get(account.MATRICES, 0.0)
+    counted = _counted(config, plan, model, product, config.flash_attention)
     synced = 4 * ((plan.trained_parameters or 0) + 2)
     reduce = allreduce_seconds(synced, devices, servers)
     speed = share * devices / (compute + reduce)
@@ -122,7 +141,7 @@ def estimate(
         reduce,
         synced if devices > 1 else 0,
         speed,
-        plan.images / speed / 3600,
+        plan.images / speed / 3600 if plan.images else None,
         sum(parts.values()),
         parts,
         counted
@@ -135,8 +154,11 @@ def estimate(
     )
 
 
-def _counted(config: RunConfig, plan: Plan, model: ModelConfig, product: str) -> dict[str, float]:
-    """Seconds of a step by kind of work, with attention's matrices written."""
+def _counted(
+    config: RunConfig, plan: Plan, model: ModelConfig, product: str, fused: bool
+) -> dict[str, float]:
+    """Seconds of a step by kind of work, with `fused` attention or without; empty if the step is
+    not a plain one."""
     if config.train == "all" or config.gradient_checkpointing or plan.precision == "fp32":
         return {}
     found: dict[str, float] = {}
@@ -144,21 +166,22 @@ def _counted(config: RunConfig, plan: Plan, model: ModelConfig, product: str) ->
     images = plan.micro_batch * plan.accumulation
     for width, height, count in plan.shapes:
         latents = height // model.vae.factor, width // model.vae.factor
-        kinds = account.unet_step(model.unet, *latents, 2, product)
+        kinds = account.unet_step(model.unet, *latents, 2, product, config.lora.targets, fused)
         for name, seconds in kinds.items():
             found[name] = found.get(name, 0.0) + images * count / seen * seconds
-    return found
+    return {name: seconds for name, seconds in found.items() if seconds}
 
 
 def operations(config: RunConfig, plan: Plan, model: ModelConfig, pixels: tuple[int, int]) -> float:
     """Of a training step, for one image of this height and width.
 
     Backward passes cost a forward one: no gradient of a frozen weight is computed. Those of
-    attention compute the probabilities again and have four products for two.
+    attention have four products for two, and take the probabilities from the forward pass.
     """
     costs = flops.model(model, pixels)
     whole = 3.0 if config.train == "all" else 2.0
-    unet = whole * costs["unet"].layers + 3.5 * costs["unet"].attention
+    products = account.PRODUCTS_FUSED if config.flash_attention else account.PRODUCTS
+    unet = whole * costs["unet"].layers + products * costs["unet"].attention
     if config.gradient_checkpointing:
         unet += costs["unet"].total
     text = costs["text_encoder"].total
@@ -193,14 +216,13 @@ def memory(config: RunConfig, plan: Plan, model: ModelConfig) -> dict[str, float
         in_step += _count(text_encoder_shapes(model.text_encoder))
     width, height, _ = max(plan.shapes, key=lambda shape: shape[0] * shape[1])
     factor = model.vae.factor
-    kept = sum(
-        _kept(level, config.gradient_checkpointing)
-        for level in flops.unet_levels(model.unet, height // factor, width // factor)
-    )
-    largest = max(
-        level.heads * level.positions**2
-        for level in flops.unet_levels(model.unet, height // factor, width // factor)
-    )
+    levels = list(flops.unet_levels(model.unet, height // factor, width // factor))
+    kept = sum(_kept(level, config.gradient_checkpointing) for level in levels)
+    matrices = [
+        level.heads * level.positions * (level.positions + flops.TOKENS) for level in levels
+    ]
+    # The probabilities of all blocks, or of the one that is computed again, and two to work in.
+    scores = (max if config.gradient_checkpointing else sum)(matrices) + 2 * max(matrices)
     batch = plan.micro_batch
     # float32: weights, gradient, what is all-reduced, two moments, their average.
     trained = 6 * 4 * (plan.trained_parameters or 0)
@@ -208,7 +230,7 @@ def memory(config: RunConfig, plan: Plan, model: ModelConfig) -> dict[str, float
         "weights": float(size * in_step),
         "trained": float(trained),
         "activations": float(size * batch * kept),
-        "attention": 0.0 if config.flash_attention else float(3 * size * batch * largest),
+        "attention": 0.0 if config.flash_attention else float(size * batch * scores),
         "other": OTHER_BYTES,
     }
 
@@ -233,16 +255,19 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def text(found: list[Estimate]) -> str:
     """A table, and what it is worth."""
     if not found:
-        return "estimate\n  not known: the images are not at hand, or nothing was published of it"
+        return "estimate\n  not known: nothing was published of that product"
     rows = [("", "step", "images/s", "training", "memory a device", "all-reduce a step")]
     for one in found:
         room = "" if one.fits else f", of {MEMORY[one.product] / 1e9:.0f} GB: too much"
+        least, most = ("≥ ", "≤ ") if one.too_small else ("", "")
+        speed = one.images_per_second
+        training = "-" if one.hours is None else f"{least}{human_time(3600 * one.hours)}"
         rows.append(
             (
-                f"{one.devices} × {one.product}, {one.precision}",
-                f"{1000 * one.step_seconds:.0f} ms",
-                f"{one.images_per_second:.3g}",
-                human_time(3600 * one.hours),
+                f"{one.devices} × {NAMES[one.product]}, {one.precision}",
+                f"{least}{1000 * one.step_seconds:.0f} ms",
+                f"{most}{speed:,.0f}" if speed >= 10 else f"{most}{speed:.2g}",
+                training,
                 f"{one.memory_bytes / 1e9:.1f} GB{room}",
                 f"{one.allreduce_bytes / 1e6:.3g} MB, {1000 * one.allreduce_seconds:.1f} ms",
             )
@@ -253,15 +278,19 @@ def text(found: list[Estimate]) -> str:
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
         lines.append(f"  {'  '.join(cells)}".rstrip())
     for one in found:
-        if one.account:
+        if one.account and not one.too_small:
             shares = (f"{name} {1000 * seconds:.0f}" for name, seconds in one.account.items())
             lines.append(
-                f"  ms of {one.product}, what is counted at the least: {', '.join(shares)}"
+                f"  ms of {NAMES[one.product]}, what is counted at the least: {', '.join(shares)}"
             )
+    if any(one.too_small for one in found):
+        lines.append("  ≥: so little to compute that starting the operators takes longer")
+    if any(one.hours is None for one in found):
+        lines.append("  how long training takes follows from the images, which are not at hand")
     return "\n".join(
         [
             "estimate, from operations and figures published for another program: no NPU was there "
-            "to measure on, and a small network takes longer",
+            "to measure on",
             *lines,
         ]
     )
@@ -269,4 +298,4 @@ def text(found: list[Estimate]) -> str:
 
 def as_json(found: list[Estimate]) -> list[dict[str, Any]]:
     """The same as plain values."""
-    return [{**asdict(one), "fits": one.fits} for one in found]
+    return [{**asdict(one), "fits": one.fits, "too_small": one.too_small} for one in found]

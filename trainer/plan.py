@@ -165,7 +165,7 @@ def make_plan(
         adapted = trained_shapes(config, shapes).values()
         parameters = sum(adapter_size(shape, config.lora.rank) for shape in adapted)
     digests = base.digests() if base else {}
-    precision = _precision(config, device_target)
+    precision = run_precision(config, device_target)
     plan = Plan(
         name=config.name,
         model=name,
@@ -221,8 +221,11 @@ def run_cache(config: RunConfig, plan: Plan) -> Cache | None:
     return Cache(Path(config.cache), plan.vae_key, plan.text_key, data.flip, data.masks)
 
 
-def _precision(config: RunConfig, device_target: str) -> str:
-    """What the run computes in."""
+def run_precision(config: RunConfig, device_target: str) -> str:
+    """What the run computes in there: "fp32", "fp16" or "bf16".
+
+    Raises ConfigError if that device cannot.
+    """
     if config.precision == "bf16" and device_target == "CPU":
         raise ConfigError(
             "precision: bf16 is not possible on CPU, MindSpore has no bfloat16 matrix product "
