@@ -1,6 +1,6 @@
 """What comes before the first step: networks loaded, images and captions encoded into the caches.
 
-    python -m bench.preparing [--size small quarter]
+    python -m bench.preparing [--size small quarter full]
 
 Beside diffusers and transformers, which load the same folder, encode the same images and captions
 in batches as large, and keep them in memory; ours are written to disk. What compiles does so
@@ -25,7 +25,7 @@ from bench.training_step import model_of
 from bench.whole_job import BASE, IMAGES, make_base
 
 IMAGES_A_ROUND = 32
-PIXELS = {"small": 64, "quarter": 128}
+PIXELS = {"small": 64, "quarter": 128, "full": 256}
 
 
 def pictures() -> list[Path]:
@@ -172,10 +172,10 @@ def main() -> None:
         side = ours if given.side == "ours" else theirs
         turns.serve(lambda: side(given.size[0], given.base))
         sys.exit()
-    with tempfile.TemporaryDirectory() as name:
-        for size in given.size:
+    for size in given.size:
+        with tempfile.TemporaryDirectory() as name:
             folder = BASE
-            if size == "quarter":
+            if size != "small":
                 folder = Path(name)
                 make_base(folder, size)
             figures = compare(size, folder, given.rounds)

@@ -147,12 +147,24 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def commit() -> str | None:
+    """What is checked out, if this is a clone; what was changed since is not told."""
+    words = ("git", "rev-parse", "--short=10", "HEAD")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
 def keep(figures: Sequence[Figure], file: str = "latest.json") -> None:
     """Put them into the results, in the place of those of the same names."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / file
     found = {one["name"]: one for one in json.loads(path.read_text())} if path.exists() else {}
-    measured = {"date": date.today().isoformat(), "cpu_count": os.cpu_count(), **versions()}
+    measured = {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "cpu_count": os.cpu_count(),
+        **versions(),
+    }
     for one in figures:
         found[one.name] = {**asdict(one), "ratio": round(one.ratio, 4), "measured": measured}
     path.write_text(json.dumps(list(found.values()), indent=1, ensure_ascii=False) + "\n")

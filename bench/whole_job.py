@@ -1,6 +1,6 @@
 """From a folder of images to a saved LoRA, beside diffusers' recipe (train_text_to_image_lora.py).
 
-    python -m bench.whole_job [--size small quarter full] [--epochs 30]
+    python -m bench.whole_job [--size small quarter full] [--epochs 30] [--rounds 1]
 
 Both are commands that start, read the 200 images of the assets with their captions, train a LoRA of
 rank 4 on the attention of the UNet in batches of 16, and save it. Small is the small base; quarter
@@ -197,8 +197,9 @@ def theirs(job: Job, folder: Path) -> Took:
     return Took(seconds, int(output.split()[-1]))
 
 
-def compare(size: str, epochs: int) -> list[turns.Figure]:
+def compare(size: str, epochs: int, rounds: int) -> list[turns.Figure]:
     """Seconds of the whole job, with empty and with full caches; memory."""
+    sides: dict[str, list[Took]] = {"empty": [], "theirs": [], "full": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base, images = BASE, folder / "images"
@@ -210,29 +211,23 @@ def compare(size: str, epochs: int) -> list[turns.Figure]:
             shutil.copy(path, images)
             shutil.copy(path.with_suffix(".txt"), images)
         job = Job(base, images, PIXELS[size], BATCHES[size], epochs)
-        cold = ours(job, folder, 0)
-        others = theirs(job, folder)
-        warm = ours(job, folder, 1)
+        for number in range(rounds):
+            sides["empty"].append(ours(job, folder, 2 * number))
+            sides["theirs"].append(theirs(job, folder))
+            sides["full"].append(ours(job, folder, 2 * number + 1))
+            shutil.rmtree(folder / "cache")
+    seconds = {name: [one.seconds for one in took] for name, took in sides.items()}
+    memory = {name: [one.memory / 1e9 for one in took] for name, took in sides.items()}
     what = f"{size}, {epochs} epochs of {COUNTS[size]}"
     peer = "diffusers' recipe"
     goal = 0.4 if size != "full" and epochs == 30 else None
-    return [
-        turns.Figure(f"images to LoRA, {what}", cold.seconds, others.seconds, "s", peer, goal),
-        turns.Figure(
-            f"images to LoRA, {what}, caches full", warm.seconds, others.seconds, "s", peer
-        ),
-        turns.Figure(
-            f"memory of the job, {what}", cold.memory / 1e9, others.memory / 1e9, "GB", peer, 1.0
-        ),
-        turns.Figure(
-            f"memory of the job, {what}, caches full",
-            warm.memory / 1e9,
-            others.memory / 1e9,
-            "GB",
-            peer,
-            1.0,
-        ),
-    ]
+    figures = []
+    for caches, words, aim in (("empty", "", goal), ("full", ", caches full", None)):
+        job_name = f"images to LoRA, {what}{words}"
+        figures.append(turns.figure(job_name, seconds[caches], seconds["theirs"], "s", peer, aim))
+        memory_name = f"memory of the job, {what}{words}"
+        figures.append(turns.figure(memory_name, memory[caches], memory["theirs"], "GB", peer, 1.0))
+    return figures
 
 
 def main() -> None:
@@ -241,6 +236,7 @@ def main() -> None:
     parser.add_argument("--job", help="Of the other side, in JSON.")
     parser.add_argument("--size", nargs="+", choices=[*PIXELS], default=["small"])
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=1)
     given = parser.parse_args()
     if given.recipe:
         told = json.loads(given.job)
@@ -249,7 +245,7 @@ def main() -> None:
         recipe(Job(**paths, **numbers), given.recipe)
         return
     for size in given.size:
-        figures = compare(size, given.epochs)
+        figures = compare(size, given.epochs, given.rounds)
         turns.show(figures)
         turns.keep(figures)
 
