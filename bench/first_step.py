@@ -3,7 +3,7 @@
     python -m bench.first_step [--devices 1]
 
 The clock starts with the command and stops at the first step in events.jsonl. Full caches hold the
-latents, the embeddings of captions and the compiled step.
+latents, the embeddings of captions and the compiled step. What each phase of it takes is told too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from bench import turns
 GOALS = {"empty": 30.0, "full": 10.0}
 
 
-def seconds(folder: Path, number: int, devices: int) -> float:
-    """Of a run of two steps."""
+def phases(folder: Path, number: int, devices: int) -> dict[str, float]:
+    """Seconds of each phase of a run of two steps, until its first step is done."""
     runs = folder / f"runs{number}"
     settings = (
         *(f"output={runs}", f"cache={folder / 'cache'}", "registry=null", "epochs=null"),
@@ -42,8 +42,14 @@ def seconds(folder: Path, number: int, devices: int) -> float:
         capture_output=True,
     )
     (events,) = runs.glob("*/attempt_1/events.jsonl")
-    found = map(json.loads, events.read_text().splitlines())
-    return float(next(event["time"] for event in found if event["event"] == "step") - begun)
+    seconds, phase, since = {}, "until a rank is there", begun
+    for event in map(json.loads, events.read_text().splitlines()):
+        if event["event"] in ("phase", "step"):
+            seconds[phase] = event["time"] - since
+            phase, since = event.get("phase", ""), event["time"]
+        if event["event"] == "step":
+            break
+    return seconds
 
 
 def main() -> None:
@@ -51,22 +57,26 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
-    found: dict[str, list[float]] = {"empty": [], "full": []}
+    found: dict[str, list[dict[str, float]]] = {"empty": [], "full": []}
     for number in range(given.rounds):
         with tempfile.TemporaryDirectory() as name:
-            for place, times in enumerate(found.values()):
-                times.append(seconds(Path(name), 2 * number + place, given.devices))
+            for place, runs in enumerate(found.values()):
+                runs.append(phases(Path(name), 2 * number + place, given.devices))
     figures = [
         turns.Figure(
             f"first step, {kind} caches, {given.devices} device(s)",
-            statistics.median(times),
+            statistics.median(sum(run.values()) for run in runs),
             GOALS[kind],
             "s",
             "the goal",
             1.0,
         )
-        for kind, times in found.items()
+        for kind, runs in found.items()
     ]
+    print("| s, with caches that are | empty | full |\n|---|---|---|")
+    for phase in found["empty"][0]:
+        medians = (statistics.median(run[phase] for run in runs) for runs in found.values())
+        print(f"| {phase} | {' | '.join(f'{seconds:.1f}' for seconds in medians)} |")
     turns.show(figures)
     turns.keep(figures)
 

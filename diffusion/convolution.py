@@ -41,7 +41,9 @@ class Convolving(nn.Cell):
     def to_rows(self, x: Tensor) -> Tensor:
         """The same for a kernel of 1×1, with positions before channels: (batch, h·w, out)."""
         batch, channels, height, width = x.shape
-        if self.by_products and height * width >= channels:
+        if (
+            self.by_products and height * width >= channels
+        ):  # below, repeating the weight costs more
             weight = RESHAPE(CAST(self.weight, x.dtype), (1, self.out_channels, channels))
             y = _ROWS(RESHAPE(x, (batch, channels, -1)), _JOIN((weight,) * batch))
             y = RESHAPE(y, (-1, self.out_channels))
@@ -54,7 +56,7 @@ class Convolving(nn.Cell):
     def from_rows(self, x: Tensor, height: int, width: int) -> Tensor:
         """The same of (batch, h·w, channels), for a kernel of 1×1: (batch, out, height, width)."""
         batch, positions, channels = x.shape
-        if self.by_products and positions >= channels:
+        if self.by_products and positions >= channels:  # below, repeating the weight costs more
             weight = RESHAPE(CAST(self.weight, x.dtype), (1, self.out_channels, channels))
             y = _COLUMNS(_JOIN((weight,) * batch), x)
             y = RESHAPE(y, (batch, self.out_channels, height, width))
@@ -110,7 +112,8 @@ class Conv2d(Convolving):
             bound = 1 / math.sqrt(in_channels * kernel * kernel)
             self.bias = Parameter(initializer(Uniform(bound), (out_channels,)))
         self.transformed = None
-        # A product for each image; a Transpose takes as long on CPU, and see attention.py.
+        # A product for each image, which exchanges the axes too: a Transpose takes as long on CPU,
+        # and keeps a table of all elements (as attention._GatheredExchange says).
         self.by_products = kernel == 1 and on_cpu()
         self.conv = ops.Conv2D(out_channels, kernel, pad_mode="pad", pad=padding, stride=stride)
         self.bias_add = ops.BiasAdd()

@@ -3,7 +3,8 @@
 A layer computes in the dtype of its input, whatever its weights are stored in; normalisation
 computes in float32. Every output has the dtype of the input.
 
-GELU carries a backward pass of its own: MindSpore's built-in one is several times slower on CPU.
+Some carry backward passes of their own, the activations with an erf, ChannelAffine and
+AddToChannels: MindSpore's are several times slower on CPU, or keep what is not needed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def shared(kind: type[nn.Cell], *arguments: object) -> nn.Cell:
 
 
 # Primitives, because methods of tensors take longer to compile. Functions of this module have no
-# branches: of those, MindSpore loses parts when a second gradient is compiled in one process.
+# branches: MindSpore loses parts of a branch when a second gradient is compiled in one process.
 RESHAPE, CAST, TRANSPOSE = ops.Reshape(), ops.Cast(), ops.Transpose()
 CONCAT, BIAS_ADD = ops.Concat(-1), ops.BiasAdd()
 _MATMUL, _SUM, _TILE = ops.MatMul(transpose_b=True), ops.ReduceSum(), ops.Tile()
@@ -167,9 +168,9 @@ _BATCH_NORM = ops.BatchNorm(is_training=False, epsilon=_EPS)
 def channel_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(batch, channels, height, width), (channels,), (channels,), all float32 → x · scale + shift.
 
-    As an inferring BatchNorm. On CPU a product whose factors differ in shape keeps two index tables
-    of 16 bytes for each element, for as long as the graph lives: at the size of Stable Diffusion
-    tens of gigabytes.
+    As a BatchNorm that infers, with mean 0 and variance 1 − ε: it divides by √(variance + ε). On
+    CPU a product whose factors differ in shape keeps two index tables of 16 bytes for each element,
+    for as long as the graph lives: at the size of Stable Diffusion tens of gigabytes.
     """
     channels = x.shape[1]
     return _BATCH_NORM(x, scale, shift, constants(channels, 0.0), constants(channels, 1 - _EPS))[0]
@@ -226,7 +227,8 @@ class _FusedGroupNorm(nn.Cell):
     variance, and one that scales and shifts.
 
     On CPU these are oneDNN's, forward and back, and several times as fast as MindSpore's GroupNorm.
-    BatchNorm wants running statistics of a parameter's kind elsewhere, so it is for CPU alone.
+    On other devices BatchNorm takes its running statistics from Parameters alone, of which there
+    are none here: so this is for CPU.
     """
 
     def __init__(self, groups: int, eps: float):

@@ -163,24 +163,26 @@ def _nothing() -> Tensor:
 
 def fits(channels: int, out: int) -> bool:
     """May a kernel for so many channels be transformed? It becomes four times as large; above 38 MB
-    it stays as it is."""
-    return min(channels, out) > OUTPUTS and channels * out <= 2**18
+    it stays as it is. So do those of pictures and latents, of three and four channels, which are
+    too few for a product of matrices."""
+    return min(channels, out) > 4 and channels * out <= 2**18
 
 
 @constexpr
 def worthwhile(batch: int, channels: int, out: int, height: int, width: int) -> bool:
     """Is this faster than oneDNN for an output of this size?
 
-    As measured on two cores. The products with band matrices grow with the side, and those of
-    blocks are worth it for many channels; a kernel of 36 numbers must be read for each pair of
-    channels, however few the outputs are; and five operators start instead of one. What is
-    transformed takes more than twice the memory, so the largest images are left out.
+    As measured on two cores. The products with band matrices grow with the side, which must be less
+    than there are channels, and those of blocks are worth it for many channels; a kernel of 36
+    numbers must be read for each pair of channels, however few the outputs are; and five operators
+    start instead of one. What is transformed takes more than twice the memory, so the largest
+    images are left out.
     """
     outputs = batch * height * width
     if in_blocks(height, width):
         return channels * out >= 2**15 and outputs * max(channels, out) <= 2**25
-    square = min(height, width) >= OUTPUTS and max(height, width) < min(channels, out)
-    return square and outputs >= 128 and outputs * channels * out >= 2**20
+    short = min(height, width) >= OUTPUTS and max(height, width) < min(channels, out)
+    return short and outputs >= 128 and outputs * channels * out >= 2**20
 
 
 class Winograd(nn.Cell):
