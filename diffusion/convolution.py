@@ -41,9 +41,8 @@ class Convolving(nn.Cell):
     def to_rows(self, x: Tensor) -> Tensor:
         """The same for a kernel of 1×1, with positions before channels: (batch, h·w, out)."""
         batch, channels, height, width = x.shape
-        if (
-            self.by_products and height * width >= channels
-        ):  # below, repeating the weight costs more
+        # With fewer positions repeating the weight for each image costs more than it spares.
+        if self.by_products and height * width >= channels:
             weight = RESHAPE(CAST(self.weight, x.dtype), (1, self.out_channels, channels))
             y = _ROWS(RESHAPE(x, (batch, channels, -1)), _JOIN((weight,) * batch))
             y = RESHAPE(y, (-1, self.out_channels))
@@ -56,7 +55,7 @@ class Convolving(nn.Cell):
     def from_rows(self, x: Tensor, height: int, width: int) -> Tensor:
         """The same of (batch, h·w, channels), for a kernel of 1×1: (batch, out, height, width)."""
         batch, positions, channels = x.shape
-        if self.by_products and positions >= channels:  # below, repeating the weight costs more
+        if self.by_products and positions >= channels:
             weight = RESHAPE(CAST(self.weight, x.dtype), (1, self.out_channels, channels))
             y = _COLUMNS(_JOIN((weight,) * batch), x)
             y = RESHAPE(y, (batch, self.out_channels, height, width))
