@@ -26,7 +26,7 @@ RATES = {"910A": 7.75 * CACHED_SPEEDUP * 1.73e12, "A2": 15.27 * CACHED_SPEEDUP *
 """Operations a second that a device comes to in half precision. MindONE's benchmark.md has 7.75 and
 15.27 images/s for a LoRA of SD 1.5 at 512 × 512, batch 4, on one device (MindSpore 2.1 and 2.3),
 with VAE and text encoder in every step; without them an image costs 1.73e12 operations here. The
-same table's SD 2.1 at 768 × 768 with fused attention comes to 1.5 to 3 times as many a second."""
+same table's SD 2.1 at 768 × 768 with fused attention comes to 1.5 times as many a second on A2."""
 LEAST_SECONDS = 0.02
 """An assumption: the four thousand operators of a step are not started in less. Below it a step's
 time does not follow from its operations."""
