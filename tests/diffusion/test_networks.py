@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 from mindspore.nn.utils import no_init_parameters
+from scipy import special
 
 from diffusion import models
 from diffusion.attention import Exchange, ScaledDotProduct, _GatheredExchange
 from diffusion.config import ModelConfig, TextEncoderConfig, UNetConfig, load_model_config
 from diffusion.convolution import Conv2d
 from diffusion.layers import (
+    GELU,
+    LOGIT,
     GroupNorm,
     LayerNorm,
     _BatchedLayerNorm,
     _FusedGroupNorm,
     _GroupNorm,
     _LayerNorm,
+    _LogisticCDF,
+    _NormalCDF,
 )
 from diffusion.lora import adapters, inject, lora_parameters
 from diffusion.models import compile_graphs
@@ -401,3 +406,30 @@ def test_a_network_that_is_released_has_given_its_weights_back() -> None:
     network(Tensor(np.zeros((1, 4), np.int32)))
     models.release(network)
     assert {parameter.size for parameter in network.get_parameters()} == {1}
+
+
+def test_the_logistic_function_of_a_polynomial_is_the_normal_distribution() -> None:
+    x = np.linspace(-40, 40, 80_001)
+    found = special.expit(x * np.polynomial.polynomial.polyval(x * x, LOGIT))
+    assert np.abs(found - special.ndtr(x)).max() <= 3e-8
+
+
+@pytest.mark.parametrize(("kind", "error"), [(_NormalCDF, 1e-7), (_LogisticCDF, 1e-6)])
+def test_both_ways_to_the_normal_distribution(kind: type[nn.Cell], error: float) -> None:
+    large = [-np.inf, -1e30, -1e4, 1e4, 1e30, np.inf]
+    x = np.concatenate((np.linspace(-9, 9, 100_001), large)).astype(np.float32)
+    found = kind()(Tensor(x)).asnumpy()
+    assert np.abs(found - special.ndtr(x.astype(np.float64))).max() <= error
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
+def test_gelu_and_its_gradient(dtype: object) -> None:
+    x = np.linspace(-6, 6, 1001).astype(np.float32 if dtype == ms.float32 else np.float16)
+    gelu = GELU()
+    exact = x.astype(np.float64)
+    density = np.exp(-exact * exact / 2) / np.sqrt(2 * np.pi)
+    within = 1e-6 if dtype == ms.float32 else 4e-3
+    found = gelu(Tensor(x)).asnumpy()
+    assert np.abs(found - exact * special.ndtr(exact)).max() <= within
+    slope = ms.grad(gelu)(Tensor(x)).asnumpy()
+    assert np.abs(slope - special.ndtr(exact) - exact * density).max() <= within
