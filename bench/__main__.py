@@ -15,7 +15,7 @@ SHORT = (
     ("training_step", "--size", "small", "quarter"),
     ("sampling",),
     ("first_step",),
-    ("sync",),
+    ("sync", "--workers", "1", "2", "4", "8"),
     ("startup",),
     ("preparing", "--size", "small"),
     ("registry_speed", "transfers"),

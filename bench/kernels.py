@@ -26,7 +26,7 @@ KINDS = {
     "batches of products: attention's, Winograd's": ("BatchMatMul",),
     "softmax": ("Softmax",),
     "normalisations": ("BatchNorm", "BatchNormGrad"),
-    "GELU's erf": ("Erf",),
+    "activations": ("Sigmoid", "SigmoidGrad", "Exp", "Erf"),
     "transposes, gathers": ("Transpose", "Gather"),
     "sums, biases, factors": ("Add", "AddN", "Sub", "Mul", "BiasAdd", "RealDiv", "ReduceSum"),
     "joining and cutting": ("Concat", "Stack", "Unstack", "Split", "Slice", "StridedSlice", "Pad"),

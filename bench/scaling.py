@@ -23,13 +23,13 @@ from diffusion.config import load_model_config
 from launcher import account, estimate
 
 COMPUTE_SECONDS = 4 / (15.27 * estimate.CACHED_SPEEDUP)
-GRADIENTS = {"LoRA of rank 4, 3.2 MB": 3.19e6, "all weights, 3.4 GB": 3.438e9}
+GRADIENTS = {"LoRA of rank 4, 3.2 MB": 3.19e6, "all of the UNet, 3.4 GB": 3.438e9}
 DEVICES = [2**n for n in range(11)]
 STEPS = 400
 JITTER = (0.0, 0.02, 0.1)
 """Standard deviation of the logarithm of a device's time for a step."""
-IMAGE_BYTES, LATENT_BYTES = 500e3, 2 * 4 * 64 * 64 * 4
-"""A photograph; mean and deviation of its latents in float32."""
+IMAGE_BYTES, CACHED_BYTES = 500e3, 2 * 4 * 64 * 64 * 4 + 77 * 768 * 4
+"""A photograph; mean and deviation of its latents, and its caption's hidden states, in float32."""
 STORAGE_BYTES = 5e9
 """A second, of the storage for all servers together: an assumption."""
 ENCODE_SECONDS = 1.117e12 / estimate.RATES["A2"]
@@ -41,7 +41,8 @@ WHOLE_SECONDS = COMPUTE_SECONDS * (
     (3 * _UNET.layers + account.PRODUCTS * _UNET.attention)
     / (2 * _UNET.layers + account.PRODUCTS * _UNET.attention)
 )
-"""The same if all weights are trained: their gradients are a third pass."""
+"""The same if all weights of the UNet are trained in half precision, as MindONE does: their
+gradients are a third pass."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def ring_seconds(size: float, devices: int) -> float:
         return estimate.allreduce_seconds(size, devices)
     # Latency grows with the number of hops; that of a server's ring is what was published.
     hops = (devices - 1) / (estimate.DEVICES_PER_SERVER - 1)
-    return estimate.LATENCY_SECONDS * hops + 2 * size / estimate.NETWORK_BYTES
+    return estimate.LATENCY_SECONDS * hops + 2 * size / estimate.NETWORK_BYTES["A2"]
 
 
 def simulate(
@@ -78,21 +79,26 @@ def simulate(
     return Point(devices, speed, speed / devices / (4 / compute))
 
 
-def most_from_storage(size: float) -> int:
+ENCODED_SECONDS = COMPUTE_SECONDS + 4 * ENCODE_SECONDS
+"""Of a step that encodes its pictures."""
+
+
+def most_from_storage(size: float, compute: float) -> int:
     """Devices that the storage feeds with pictures of so many bytes."""
-    return int(STORAGE_BYTES / size / (4 / COMPUTE_SECONDS))
+    return int(STORAGE_BYTES / size / (4 / compute))
 
 
 def fill_hours(devices: int) -> float:
     """Until all pictures are read from the storage, encoded, and their latents written there."""
-    moved = PICTURES * (IMAGE_BYTES + LATENT_BYTES) / STORAGE_BYTES
+    moved = PICTURES * (IMAGE_BYTES + CACHED_BYTES) / STORAGE_BYTES
     return max(PICTURES * ENCODE_SECONDS / devices, moved) / 3600
 
 
-def fed(devices: int, size: float) -> float:
+def fed(devices: int, size: float, compute: float) -> float:
     """Images a second of a LoRA whose pictures of so many bytes come from the storage."""
     lora, _ = GRADIENTS.values()
-    return min(simulate(devices, lora, 0.0).images_per_second, STORAGE_BYTES / size)
+    speed = simulate(devices, lora, 0.0, compute=compute).images_per_second
+    return min(speed, STORAGE_BYTES / size)
 
 
 COLOURS = ("#0b62a4", "#b8420f", "#4c7a1e", "#7a3b8f", "#666666")
@@ -149,10 +155,10 @@ def keep(name: str, svg: str) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    print("| devices | LoRA | images/s | one ring | all weights | jitter 2 % | jitter 10 % |")
+    print("| devices | LoRA | images/s | one ring | all of the UNet | jitter 2 % | jitter 10 % |")
     print("|---|---|---|---|---|---|---|")
     lora, whole = GRADIENTS.values()
-    names = ("LoRA", "LoRA, one ring", "all weights", "LoRA, jitter 2 %", "LoRA, jitter 10 %")
+    names = ("LoRA", "LoRA, one ring", "all of the UNet", "LoRA, jitter 2 %", "LoRA, jitter 10 %")
     lines: dict[str, list[float]] = {name: [] for name in names}
     for devices in DEVICES:
         points = [
@@ -172,18 +178,24 @@ def main() -> None:
     shares_of = {0.0: "0%", 0.25: "25%", 0.5: "50%", 0.75: "75%", 1.0: "100%"}
     keep("scaling.svg", plot("Share of the speed of as many single devices", lines, shares_of))
     loading = {
-        "latents, or a local disk": [fed(n, LATENT_BYTES) for n in DEVICES],
-        "photographs of 500 KB": [fed(n, IMAGE_BYTES) for n in DEVICES],
+        "a local cache": [fed(n, 1.0, COMPUTE_SECONDS) for n in DEVICES],
+        "the cache in the storage": [fed(n, CACHED_BYTES, COMPUTE_SECONDS) for n in DEVICES],
+        "photographs of 500 KB": [fed(n, IMAGE_BYTES, ENCODED_SECONDS) for n in DEVICES],
     }
     speeds = {10.0: "10", 100.0: "100", 1e3: "1,000", 1e4: "10,000", 1e5: "100,000"}
     title = f"Images a second, from storage of {STORAGE_BYTES / 1e9:g} GB/s"
     keep("scaling-loading.svg", plot(title, loading, speeds, log=True))
-    for what, size in (("pictures", IMAGE_BYTES), ("latents", LATENT_BYTES)):
-        print(f"storage of {STORAGE_BYTES / 1e9:g} GB/s feeds {most_from_storage(size):,} devices "
-              f"with {what}")  # fmt: skip
+    for what, size, compute in (
+        ("photographs", IMAGE_BYTES, ENCODED_SECONDS),
+        ("what is cached", CACHED_BYTES, COMPUTE_SECONDS),
+    ):
+        count = most_from_storage(size, compute)
+        print(f"storage of {STORAGE_BYTES / 1e9:g} GB/s feeds {count:,} devices with {what}")
     filling = {
         "encoding, once": [fill_hours(n) for n in DEVICES],
-        "an epoch of training": [PICTURES / fed(n, LATENT_BYTES) / 3600 for n in DEVICES],
+        "an epoch of training": [
+            PICTURES / fed(n, CACHED_BYTES, COMPUTE_SECONDS) / 3600 for n in DEVICES
+        ],
     }
     ticks = {0.01: "36 s", 1 / 6: "10 min", 1.0: "1 h", 24.0: "1 day"}
     title = "Hours for a million pictures"

@@ -117,10 +117,11 @@ def figure(
     peer: str,
     goal: float | None = None,
 ) -> Figure:
-    """Medians of rounds taken in turns, and the spread of their ratios."""
+    """Medians of rounds taken in turns, and the spread of their ratios if there are several."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    spread = (min(ratios), max(ratios)) if len(ratios) > 1 else None
     median = statistics.median
-    return Figure(name, median(ours), median(theirs), unit, peer, goal, (min(ratios), max(ratios)))
+    return Figure(name, median(ours), median(theirs), unit, peer, goal, spread)
 
 
 def show(figures: Sequence[Figure]) -> None:
@@ -148,8 +149,8 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """What is checked out, if this is a clone; what was changed since is not told."""
-    words = ("git", "rev-parse", "--short=10", "HEAD")
+    """What is checked out, "-dirty" if it was changed since; None if this is no clone."""
+    words = ("git", "describe", "--always", "--abbrev=10", "--dirty", "--exclude=*")
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or None
 

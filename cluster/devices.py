@@ -23,11 +23,15 @@ class Machine:
     """Ascending; NPUs by their physical id, on CPU one for each usable core."""
     cores: int
     """CPU cores that this process may use."""
+    assumed: bool = False
+    """It has no NPU; a plan is made for a server of so many."""
 
     def __str__(self) -> str:
         count = len(self.device_ids)
         if self.device_target == "CPU":
             return f"{count} CPU core{'' if count == 1 else 's'}"
+        if self.assumed:
+            return f"no NPU, and a server of {count} is assumed"
         return f"{count} NPU{'' if count == 1 else 's'} ({_joined(self.device_ids)})"
 
 
@@ -115,6 +119,7 @@ def _first(count: int, machine: Machine) -> tuple[int, ...]:
         raise ClusterError(
             f"--devices {count}: this machine has {machine}; "
             + (f"use at most {most}" if count else "use at least 1")
+            + (", and --nnodes for more servers" if machine.assumed and count else "")
         )
     return machine.device_ids[:count]
 

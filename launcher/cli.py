@@ -88,8 +88,8 @@ main.add_command(report)
 @click.option("--master-addr", metavar="HOST", help="Name or address of node 0.")
 @click.option(
     "--product",
-    type=click.Choice(["910A", "A2", "A3"]),
-    help="What the NPUs are. Default: as npu-smi says.",
+    type=click.Choice(["910A", "A2", "A3"], case_sensitive=False),
+    help="What the NPUs are; A2 has 910B1 to 910B4. Default: as npu-smi says.",
 )
 @click.option(
     "--rank-table",
@@ -211,7 +211,7 @@ def run(
 
     if estimate and not dry_run:
         raise click.UsageError(
-            "--estimate needs --dry-run: nothing is estimated of a run that runs"
+            "--estimate needs --dry-run: nothing is estimated of a run that runs."
         )
     target = None if device_target == "auto" else device_target
     try:

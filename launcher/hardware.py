@@ -25,10 +25,8 @@ def machine_of(request: Request) -> Machine:
     except ClusterError:
         if not request.dry_run:
             raise
-        cores = this_machine("CPU").cores
-        return Machine(
-            "Ascend", tuple(range(largest_device_id(request.product or "A2") + 1)), cores
-        )
+        ids = tuple(range(largest_device_id(request.product or "A2") + 1))
+        return Machine("Ascend", ids, this_machine("CPU").cores, assumed=True)
 
 
 def product_of(request: Request, machine: Machine, device_ids: tuple[int, ...]) -> str | None:

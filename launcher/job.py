@@ -34,6 +34,8 @@ METRICS_VARIABLE, METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR", "metrics"
 """Where, in an attempt's folder, each rank keeps what it measures; see trainer.telemetry."""
 MEETING_PORT = 28118
 """Where the launchers of several nodes meet, unless --master-port says otherwise."""
+USUAL_DEVICES = 8
+"""Of a server of 910A or A2; there are some of A2 with sixteen."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,8 @@ def devices_of(request: Request, machine: Machine) -> tuple[int, ...]:
     as the run had that is resumed. Raises ClusterError."""
     told = request.nodes.workers_per_node
     text = request.devices or (str(told) if told else None) or _devices_before(request)
+    if text is None and machine.assumed and request.product != "A3":
+        text = str(USUAL_DEVICES)
     return parse_devices(text, machine)
 
 

@@ -68,7 +68,9 @@ def launch(request: Request, *, as_json: bool = False, worker: str = WORKER) -> 
         job = prepare(request, datetime.now(timezone.utc), worker)
         _tell(plan_text(job))
         found = (
-            estimate.estimates(job.config, job.plan, job.product, request.nodes.nnodes)
+            estimate.estimates(
+                job.config, job.plan, request.product or job.product, request.nodes.nnodes
+            )
             if request.estimate
             else None
         )

@@ -237,7 +237,8 @@ def run_precision(config: RunConfig, device_target: str) -> str:
     if config.flash_attention and (device_target != "Ascend" or precision == "fp32"):
         raise ConfigError(
             f"flash_attention: MindSpore has it on Ascend in fp16 and bf16, not on {device_target} "
-            f"in {precision}; take it away"
+            f"in {precision}; take it away, or plan for Ascend with --device-target Ascend "
+            "--dry-run"
         )
     return precision
 

@@ -18,6 +18,7 @@ from diffusion.convolution import Conv2d
 from diffusion.layers import (
     GELU,
     LOGIT,
+    GatedGELU,
     GroupNorm,
     LayerNorm,
     _BatchedLayerNorm,
@@ -422,14 +423,20 @@ def test_both_ways_to_the_normal_distribution(kind: type[nn.Cell], error: float)
     assert np.abs(found - special.ndtr(x.astype(np.float64))).max() <= error
 
 
+@pytest.mark.parametrize("kind", [_NormalCDF, _LogisticCDF])
 @pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
-def test_gelu_and_its_gradient(dtype: object) -> None:
+def test_gelu_and_its_gradient(kind: type[nn.Cell], dtype: object) -> None:
     x = np.linspace(-6, 6, 1001).astype(np.float32 if dtype == ms.float32 else np.float16)
-    gelu = GELU()
     exact = x.astype(np.float64)
-    density = np.exp(-exact * exact / 2) / np.sqrt(2 * np.pi)
+    value = exact * special.ndtr(exact)
+    slope = special.ndtr(exact) + exact * np.exp(-exact * exact / 2) / np.sqrt(2 * np.pi)
     within = 1e-6 if dtype == ms.float32 else 4e-3
-    found = gelu(Tensor(x)).asnumpy()
-    assert np.abs(found - exact * special.ndtr(exact)).max() <= within
-    slope = ms.grad(gelu)(Tensor(x)).asnumpy()
-    assert np.abs(slope - special.ndtr(exact) - exact * density).max() <= within
+    gelu, gated = GELU(), GatedGELU()
+    gelu.cdf = gated.cdf = kind()
+    assert np.abs(gelu(Tensor(x)).asnumpy() - value).max() <= within
+    assert np.abs(ms.grad(gelu)(Tensor(x)).asnumpy() - slope).max() <= within
+    hidden = Tensor(np.full_like(x, -0.5))
+    assert np.abs(gated(hidden, Tensor(x)).asnumpy() + 0.5 * value).max() <= within
+    of_hidden, of_gate = ms.grad(gated, (0, 1))(hidden, Tensor(x))
+    assert np.abs(of_hidden.asnumpy() - value).max() <= within
+    assert np.abs(of_gate.asnumpy() + 0.5 * slope).max() <= within
