@@ -149,10 +149,15 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """What is checked out, "-dirty" if it was changed since; None if this is no clone."""
-    words = ("git", "describe", "--always", "--abbrev=10", "--dirty", "--exclude=*")
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    """What is checked out, "-dirty" if more than results was changed since; None if this is no
+    clone."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True)
+
+    found = git("rev-parse", "--short=10", "HEAD").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results").returncode
+    return f"{found}{'-dirty' if changed else ''}" if found else None
 
 
 def keep(figures: Sequence[Figure], file: str = "latest.json") -> None:
