@@ -93,7 +93,9 @@ def main() -> None:
             process.end()
     print(f"| ms | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for kind in (*KINDS, OTHER, "all", STARTED, CALL):
-        print(f"| {kind} | {' | '.join(f'{one[kind]:,.3g}' for one in columns.values())} |")
+        cells = (f"{one[kind]:,.0f}" if one[kind] >= 100 else f"{one[kind]:.3g}"
+                 for one in columns.values())  # fmt: skip
+        print(f"| {kind} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
