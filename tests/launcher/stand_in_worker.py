@@ -50,6 +50,7 @@ def save(attempt: Path, rank_id: int, events: Events) -> None:
     def stop(*_: object) -> None:
         if rank_id == 0:
             write_json(attempt / "stopped.json", {"step": 4, "steps": 10})
+        events.phase("ended")
         os._exit(0)
 
     signal.signal(signal.SIGTERM, stop)
