@@ -45,6 +45,13 @@ FP32_SLOWDOWN = 4.0
 """An assumption: the matrix unit works in half precision, and float32 takes several passes."""
 
 
+def attention_products(upcast: bool, fused: bool) -> float:
+    """Of a step, in multiples of a forward pass in half precision."""
+    if fused:
+        return PRODUCTS_FUSED
+    return PRODUCTS * (FP32_SLOWDOWN if upcast else 1.0)
+
+
 def adapted(level: Level, targets: str) -> tuple[int, int]:
     """Widths of the inputs and of the outputs of all adapters of a block, in channels."""
     if level.kind == "transformer":
@@ -90,7 +97,7 @@ def unet_step(
             bytes_of["other activations"] += passes * level.positions * SIZE
             continue
         seconds["linear layers"] += 2 * cost.layers / rate
-        products = (PRODUCTS_FUSED if fused else PRODUCTS) * (FP32_SLOWDOWN if upcast else 1)
+        products = attention_products(upcast, fused)
         seconds["attention"] += products * cost.attention / rate
         scores = level.heads * level.positions * (level.positions + flops.TOKENS)
         bytes_of[MATRICES] += 0.0 if fused else SCORES * scores * (4 if upcast else SIZE)

@@ -47,7 +47,7 @@ NETWORK_BYTES = {"910A": 12.5e9, "A2": 25e9}
 """A second, between servers, for each device: 100 and 200 Gbit/s of RoCE, by the data sheets of
 Atlas 800 (9000) and Atlas 800T A2."""
 DEVICES_PER_SERVER = 8
-"""Of both."""
+"""Of 910A and A2; there are some of A2 with sixteen."""
 OTHER_BYTES = 3e9
 """An assumption: runtime, compiled graphs and workspaces."""
 
@@ -200,9 +200,8 @@ def operations(config: RunConfig, plan: Plan, model: ModelConfig, pixels: tuple[
     """
     costs = flops.model(model, pixels)
     whole = 3.0 if config.train == "all" else 2.0
-    products = account.PRODUCTS_FUSED if config.flash_attention else account.PRODUCTS
-    if model.unet.upcast_attention and not config.flash_attention and plan.precision != "fp32":
-        products *= account.FP32_SLOWDOWN
+    upcast = model.unet.upcast_attention and plan.precision != "fp32"
+    products = account.attention_products(upcast, config.flash_attention)
     unet = whole * costs["unet"].layers + products * costs["unet"].attention
     if config.gradient_checkpointing:
         unet += costs["unet"].total

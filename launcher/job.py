@@ -17,6 +17,7 @@ from cluster.errors import ClusterError
 from cluster.msrun import Msrun
 from cluster.ranktable import Server
 from launcher.errors import LaunchError
+from launcher.estimate import DEVICES_PER_SERVER
 from launcher.hardware import machine_of, own_server, product_of, rank_table_text
 from launcher.request import Request
 from registry.api import open_registry
@@ -34,8 +35,6 @@ METRICS_VARIABLE, METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR", "metrics"
 """Where, in an attempt's folder, each rank keeps what it measures; see trainer.telemetry."""
 MEETING_PORT = 28118
 """Where the launchers of several nodes meet, unless --master-port says otherwise."""
-USUAL_DEVICES = 8
-"""Of a server of 910A or A2; there are some of A2 with sixteen."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,7 @@ def devices_of(request: Request, machine: Machine) -> tuple[int, ...]:
     told = request.nodes.workers_per_node
     text = request.devices or (str(told) if told else None) or _devices_before(request)
     if text is None and machine.assumed and request.product != "A3":
-        text = str(USUAL_DEVICES)
+        text = str(DEVICES_PER_SERVER)
     return parse_devices(text, machine)
 
 

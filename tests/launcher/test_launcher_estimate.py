@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from cluster.errors import ClusterError
 from diffusion import flops
 from diffusion.config import load_model_config
 from launcher import account, estimate
@@ -239,6 +240,15 @@ def test_probabilities_that_are_kept_are_counted(job: Job) -> None:
     kept, recomputed = of(job), of(dataclasses.replace(job, config=again))
     assert recomputed.parts["attention"] == 3 * largest
     assert kept.parts["attention"] > 7 * largest  # five such blocks, and two to work in
+
+
+@pytest.mark.parametrize(("product", "devices"), [("A2", 8), ("A3", 16)])
+def test_without_an_npu_a_usual_server_is_assumed(config: Path, product: str, devices: int) -> None:
+    told = Request(config, ("global_batch=16",), None, "Ascend", product=product, dry_run=True)
+    assert prepare(told, datetime(2025, 1, 2)).plan.devices == devices
+    many = dataclasses.replace(told, devices="64")
+    with pytest.raises(ClusterError, match=r"no NPU, and a server of 16 .*--nnodes for more"):
+        prepare(many, datetime(2025, 1, 2))
 
 
 def test_as_a_command(config: Path) -> None:
